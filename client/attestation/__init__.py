@@ -1,0 +1,1 @@
+"""Evidence in, VerifiedPeer out. Nothing can be sent without one."""

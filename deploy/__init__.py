@@ -1,0 +1,1 @@
+"""How the workers are started."""

@@ -1,0 +1,1 @@
+"""All workers on this machine, as children of one process."""

@@ -1,0 +1,1 @@
+"""One scheme, one file. No input or output happens here."""

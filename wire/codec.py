@@ -1,0 +1,87 @@
+"""Tensors and calls on the wire: raw little-endian bytes behind a checked header, cut into frames.
+
+A call is one header and its bytes. The first frame carries the header and up to FRAME_BYTES of data, every
+further frame only data; the header says how much must come. `split` and `Assembler` are twins.
+
+Bounds come before bytes: dtype from a closed enum, shape product against MAX_TENSOR_BYTES, and only then memory.
+The assembler owns what it returns: a peer cannot rewrite it afterwards.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from wire.errors import InvalidArgumentError
+from wire.v1 import tensor_pb2
+
+FRAME_BYTES = 1 << 20  # data in one frame
+MAX_TENSOR_BYTES = 1 << 28  # one tensor, all its frames
+MAX_RANK = 4
+MAX_ROWS = 256  # rows of one call
+
+Array = npt.NDArray[np.float32] | npt.NDArray[np.int32]
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    tensor_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DTYPE_INT32: np.dtype("<i4"),
+}
+_CODES = {np.dtype("<f4"): tensor_pb2.DTYPE_FLOAT32, np.dtype("<i4"): tensor_pb2.DTYPE_INT32}
+
+
+def header_of(array: Array) -> tensor_pb2.TensorHeader:
+    """The header of a C-contiguous float32 or int32 array. Raises InvalidArgumentError for any other dtype."""
+    if array.dtype not in _CODES:
+        raise InvalidArgumentError(f"dtype {array.dtype} cannot travel: float32 and int32 can")
+    return tensor_pb2.TensorHeader(dtype=_CODES[array.dtype], shape=array.shape)
+
+
+def byte_length(header: tensor_pb2.TensorHeader) -> int:
+    """Bytes that the header announces. Raises InvalidArgumentError when dtype, rank or size are out of bounds."""
+    if header.dtype not in _DTYPES:
+        raise InvalidArgumentError("unknown tensor dtype")
+    if not 1 <= len(header.shape) <= MAX_RANK:
+        raise InvalidArgumentError(f"tensor rank must be 1 to {MAX_RANK}")
+    size = math.prod(header.shape) * _DTYPES[header.dtype].itemsize
+    if size > MAX_TENSOR_BYTES:
+        raise InvalidArgumentError(f"tensor of {size} bytes is over the limit of {MAX_TENSOR_BYTES}")
+    return size
+
+
+def split(array: Array) -> Iterator[bytes]:
+    """The data of an array, frame by frame; at least one frame, which may be empty."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for start in range(0, max(len(data), 1), FRAME_BYTES):
+        yield data[start : start + FRAME_BYTES].tobytes()
+
+
+class Assembler:
+    """Puts the frames of one call together again. `done` when all announced bytes are there."""
+
+    def __init__(self, header: tensor_pb2.TensorHeader) -> None:
+        size = byte_length(header)
+        self.dtype = _DTYPES[header.dtype]
+        self.shape = tuple(header.shape)
+        self._data = np.empty(size, np.uint8)
+        self._filled = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every announced byte has arrived."""
+        return self._filled == len(self._data)
+
+    def add(self, data: bytes) -> None:
+        """Copy one frame's data in. Raises InvalidArgumentError for an empty, too long or superfluous frame."""
+        end = self._filled + len(data)
+        if len(data) > FRAME_BYTES or end > len(self._data) or (not data and not self.done):
+            raise InvalidArgumentError("frame does not match the announced tensor")
+        self._data[self._filled : end] = np.frombuffer(data, np.uint8)
+        self._filled = end
+
+    def array(self) -> Array:
+        """The assembled tensor: writable, C-contiguous, owned by nobody else."""
+        if not self.done:
+            raise InvalidArgumentError("tensor is incomplete")
+        return cast(Array, self._data.view(self.dtype).reshape(self.shape))
