@@ -4,6 +4,8 @@ A linear is a set of weight rows with one input: q, k and v share a row of activ
 Both workers build them from the same checkpoint through this file, so no weights and no digests cross.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,6 +29,11 @@ class Linear(IntEnum):
     GATE_UP = gpu_worker_pb2.LINEAR_GATE_UP
     DOWN = gpu_worker_pb2.LINEAR_DOWN
     LM_HEAD = gpu_worker_pb2.LINEAR_LM_HEAD
+
+    @property
+    def number(self) -> gpu_worker_pb2.Linear.ValueType:
+        """The same number, as the generated stubs type it."""
+        return self.value
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""Command `cleave-trusted-worker`: settings, process hygiene, then the service."""
+
+import ctypes
+import logging
+import os
+import resource
+import sys
+
+from trusted_worker.config import parse
+from wire.errors import CleaveError
+from wire.lifetime import die_with_parent
+
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT. Exit status 2 with one line on stderr for a bad model, address or budget."""
+    settings = parse()
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    logging.basicConfig(level=logging.INFO, format="trusted-worker %(levelname)s %(name)s %(message)s")
+    from trusted_worker import server  # numpy is imported here, after its threads are fixed
+
+    try:
+        if settings.parent is not None:
+            die_with_parent(settings.parent)
+        _harden()
+        server.run(settings)
+    except CleaveError as error:
+        print(f"cleave-trusted-worker: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _harden() -> None:
+    """No core dumps, no ptrace by the same user, no new privileges."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The hot numpy: everything that touches a whole row of activations.
+
+Every function treats rows one by one, so a row's result does not depend on what shares its batch: prefill and
+decode agree bit for bit in any chunking. Matrix products of activations with weights are not here (see the
+schemes), with one exception: `exact_product`, the integer product that replaces an exchange.
+
+Shapes: m rows, k inputs, n outputs; h query heads, g key/value heads, d = head_dim.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trusted_worker.secure_memory import Scratch
+from wire.errors import InvalidArgumentError
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I8 = npt.NDArray[np.int8]
+I32 = npt.NDArray[np.int32]
+U32 = npt.NDArray[np.uint32]
+
+X_LIMIT = 1 << 24  # |x_q| stays below: exact in float32
+Y_LIMIT = 1 << 30  # |y_q| stays below: the ring never wraps
+_MARGIN = 1.0 - 1e-6  # float32 rounding of x/s_x, before the integers are checked
+
+
+def rms_norm(x: F32, gain: F32, eps: float, scratch: Scratch) -> F32:
+    """x / rms(x) * gain, row by row: float32[m, k] (Zhang and Sennrich 2019; Llama's form)."""
+    out: F32 = scratch.empty(x.shape, np.float32)
+    np.multiply(x, x, out=out)
+    inverse = 1.0 / np.sqrt(out.mean(axis=1, keepdims=True) + np.float32(eps))
+    np.multiply(x, inverse, out=out)
+    return np.multiply(out, gain, out=out)
+
+
+def rotary_frequencies(head_dim: int, theta: float) -> F32:
+    """Inverse frequencies float32[d/2] of rotary embeddings (Su et al. 2021)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies: F32 = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    return frequencies
+
+
+def rotate(x: F32, positions: I32, frequencies: F32) -> None:
+    """Rotate float32[m, heads, d] in place by position; pairs are (i, i + d/2), as Hugging Face stores Llama."""
+    angles = positions.astype(np.float32)[:, None, None] * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    half = x.shape[-1] // 2
+    low, high = x[..., :half].copy(), x[..., half:]
+    x[..., :half] = low * cos - high * sin
+    x[..., half:] = high * cos + low * sin
+
+
+def attend(q: F32, keys: F32, values: F32, out: F32) -> None:
+    """One row's attention: q float32[h, d] over float32[g, t, d] keys and values into out float32[h, d]."""
+    groups, _, dim = keys.shape
+    grouped = q.reshape(groups, -1, dim)
+    scores = np.matmul(grouped, keys.transpose(0, 2, 1))
+    scores *= np.float32(dim**-0.5)
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    np.matmul(scores, values, out=out.reshape(grouped.shape))
+
+
+def silu_times(gate_up: F32, scratch: Scratch) -> F32:
+    """silu(gate) * up for float32[m, 2f] = gate beside up: float32[m, f]."""
+    width = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :width], gate_up[:, width:]
+    out: F32 = scratch.empty((len(gate_up), width), np.float32)
+    with np.errstate(over="ignore"):  # exp(-x) may reach infinity: x / inf is the right 0
+        np.exp(-gate, out=out)
+    out += 1.0
+    np.divide(gate, out, out=out)
+    return np.multiply(out, up, out=out)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What step 1 of secure-infer needs to know of one weight matrix: k, and the largest int64 ||W_q row||^2."""
+
+    k: int
+    row_square: int
+
+    @property
+    def square_limit(self) -> int:
+        """Largest sum of squares of x_q for which ||x_q||_2 * max ||W_q row||_2 < 2^30 holds, exactly."""
+        return (Y_LIMIT**2 - 1) // max(self.row_square, 1)
+
+
+def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
+    """Step 1: int32[m, k] and the scale of each row, float32[m, 1], as fine as the ring allows.
+
+    |x_q| < 2^24, and ||x_q||_2 * max||W_q row||_2 < 2^30 or 127 * ||x_q||_1 < 2^30, so no product reaches 2^30.
+    The scale is chosen in floating point; that it holds is checked on the integers. A zero row stays zero.
+    Raises InvalidArgumentError for a row that is not finite.
+    """
+    magnitude: F32 = scratch.empty(x.shape, np.float32)
+    np.abs(x, out=magnitude)
+    peak = magnitude.max(axis=1).astype(np.float64)
+    if not np.isfinite(peak).all():
+        raise InvalidArgumentError("the model's activations are not finite")
+    one_norm = magnitude.sum(axis=1, dtype=np.float64)
+    two_norm = np.sqrt(np.einsum("ij,ij->i", magnitude, magnitude, dtype=np.float64))
+    with np.errstate(divide="ignore"):  # a zero row may be scaled by anything
+        by_peak = (X_LIMIT - 1) / peak
+        by_one = (Y_LIMIT / 127 - 0.5 * bound.k - 1) / one_norm
+        by_two = (bound.square_limit**0.5 - 0.5 * bound.k**0.5 - 1) / two_norm
+    factor = np.minimum(by_peak, np.maximum(by_one, by_two)) * _MARGIN
+    factor = np.clip(factor, 0, np.finfo(np.float32).max / 2)
+    factor[peak < np.finfo(np.float32).tiny] = 0
+    scaled = np.multiply(x, factor.astype(np.float32)[:, None], out=magnitude)
+    x_q: I32 = scratch.empty(x.shape, np.int32)
+    np.copyto(x_q, np.rint(scaled, out=scaled), casting="unsafe")
+    _check_bound(x_q, bound)
+    scale = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor > 0)
+    return x_q, scale.astype(np.float32)[:, None]
+
+
+def _check_bound(x_q: I32, bound: Bound) -> None:
+    """The promise of step 1, on the integers themselves."""
+    squares = np.einsum("ij,ij->i", x_q, x_q, dtype=np.int64)
+    ones = np.einsum("ij->i", np.abs(x_q), dtype=np.int64)
+    fits = (squares <= bound.square_limit) | (127 * ones < Y_LIMIT)
+    if not (fits.all() and x_q.max(initial=0) < X_LIMIT and x_q.min(initial=0) > -X_LIMIT):
+        raise InvalidArgumentError("the model's activations do not fit the ring")
+
+
+def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, scratch: Scratch) -> F32:
+    """Step 6: y_q * s_x * s_w (+ bias), float32[m, n]."""
+    y: F32 = scratch.empty(y_q.shape, np.float32)
+    np.multiply(y_q, w_scale, out=y, casting="unsafe", dtype=np.float32)
+    y *= x_scale
+    if bias is not None:
+        y += bias
+    return y
+
+
+def exact_product(x: F64, tiles: Iterable[tuple[int, I8]], out: I32) -> None:
+    """x . W_q^T modulo 2^32 for integers in float64[m, k]: BLAS, exact while every partial sum is below 2^53.
+
+    That holds for |x| <= 2^31 and k <= 33,000. Weights come as (first row, int8[rows, k]) tiles.
+    """
+    for first, tile in tiles:
+        product = x @ tile.astype(np.float64).T
+        out[:, first : first + len(tile)] = wrap(product)
+
+
+def wrap(exact: F64) -> I32:
+    """Integers held in float64 (below 2^63), modulo 2^32 as int32."""
+    return exact.astype(np.int64).astype(np.int32)

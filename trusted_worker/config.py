@@ -1,0 +1,84 @@
+"""Settings of the trusted worker: command line in, one frozen object out. No numpy is imported here."""
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SCHEMES = ("plain", "split", "tee-only", "secure-infer")
+PRECISIONS = ("float32", "int8")
+PREFILL = ("auto", "inside", "worker")
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a trusted worker is told when it starts."""
+
+    listen: str
+    gpu_worker: str
+    model: Path
+    scheme: str
+    precision: str
+    memory_budget: int
+    pad_bank: int
+    spill_dir: str | None
+    prefill: str
+    max_context: int
+    step_seconds: float
+    session_seconds: float
+    threads: int
+    insecure_plaintext: bool
+    parent: int | None
+
+
+def size(text: str) -> int:
+    """Bytes from "64MiB", "1GiB" or a plain number. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+)(|KiB|MiB|GiB)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 67108864, 65536KiB, 64MiB or 1GiB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from a command line; exits with 2 and one line on what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="cleave-trusted-worker", description="The trusted half of a cleaved model: run it inside a TEE."
+    )
+    _add_model_flags(parser)
+    _add_memory_flags(parser)
+    _add_service_flags(parser)
+    given = vars(parser.parse_args(arguments))
+    if given["scheme"] == "secure-infer" and given["precision"] != "int8":
+        parser.error("secure-infer computes in a ring of integers: use --precision int8")
+    if given["threads"] == 0:
+        given["threads"] = (os.cpu_count() or 1) if given["scheme"] == "tee-only" else 1
+    return Settings(**given)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder in Hugging Face layout")
+    add("--scheme", choices=SCHEMES, default="secure-infer")
+    add("--precision", choices=PRECISIONS, default="int8")
+    add("--prefill", choices=PREFILL, default="auto", help="where prompt rows of secure-infer are multiplied")
+    add("--max-context", type=int, default=0, help="most tokens of one session (default: the model's)")
+    add("--threads", type=int, default=0, help="BLAS threads (default: all cores for tee-only, else 1)")
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--memory-budget", type=size, default="64MiB", help="secure memory, exactly (default: 64MiB)")
+    add("--pad-bank", type=size, default="64MiB", help="sealed pads kept outside the budget (default: 64MiB)")
+    add("--spill-dir", default=None, help="where sealed pads are parked (default: the system's temporary folder)")
+
+
+def _add_service_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:PATH for clients")
+    add("--gpu-worker", default="", help="HOST:PORT or unix:PATH of the GPU worker")
+    add("--step-seconds", type=float, default=60.0, help="deadline of one exchange with the GPU worker")
+    add("--session-seconds", type=float, default=300.0, help="how long a session outlives its client")
+    add("--insecure-plaintext", action="store_true", help="allow addresses that other machines can reach")
+    add("--parent", type=int, default=None, help="end when this process ends")

@@ -1,0 +1,171 @@
+"""The compute thread: drain the queue, one step. When nobody waits, one tile of idle work.
+
+Everything that touches sessions, the arena or the GPU worker runs here, one thing at a time. Other threads `submit`
+a function and get a future. A step takes every session that can go on: first those with a single row (decode), then
+prefill chunks, in the order of a rotating list, up to the rows that one step holds.
+"""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from trusted_worker.arithmetic import F32
+from trusted_worker.model import Batch, Run, head_rows
+from trusted_worker.session import Session
+from wire.errors import CleaveError, ExhaustedError, PreconditionError, UnavailableError, VerificationError
+
+T = TypeVar("T")
+GRACE_SECONDS = 0.002  # an idle tile starts only after this long without work
+MAX_SESSIONS = 64
+
+log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What the engine needs of a scheme."""
+
+    def forward(self, batch: Batch) -> F32: ...  # noqa: D102
+    def idle(self) -> bool: ...  # noqa: D102
+    def distrust(self) -> None: ...  # noqa: D102
+
+
+class Engine(threading.Thread):
+    """Runs until `stop`. `load` makes the scheme, in this thread."""
+
+    def __init__(self, load: Callable[[], Runner], max_rows: int) -> None:
+        super().__init__(name="compute", daemon=True)
+        self._load, self._max_rows = load, max_rows
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sessions: deque[Session] = deque()
+        self._stopping = False
+        self.scheme: Runner | None = None
+        self.loaded: Future[None] = Future()
+        self.steps_rows = 0
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are alive."""
+        return len(self._sessions)
+
+    def submit(self, work: Callable[[], T]) -> "Future[T]":
+        """Have `work` run in the compute thread between two steps."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._commands.put(command)
+        return future
+
+    def limit_rows(self, rows: int) -> None:
+        """At most so many rows in one step: what the scratch memory holds. While loading only."""
+        self._max_rows = rows
+
+    def stop(self) -> None:
+        """End the thread after the current step; sessions are told."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+
+    def add(self, session: Session) -> None:
+        """A new session takes part. Compute thread only. Raises ExhaustedError."""
+        if len(self._sessions) >= MAX_SESSIONS:
+            session.close()
+            raise ExhaustedError(f"all {MAX_SESSIONS} sessions are taken; try again later")
+        self._sessions.append(session)
+
+    def remove(self, session: Session) -> None:
+        """A session leaves. Compute thread only."""
+        session.close()
+        self._reap()
+
+    def run(self) -> None:
+        """The loop."""
+        try:
+            self.scheme = self._load()
+            self.loaded.set_result(None)
+        except BaseException as error:
+            self.loaded.set_exception(error)
+            return
+        while not self._stopping:
+            self._drain()
+            if not self._step(self.scheme):
+                self._idle(self.scheme)
+        for session in self._sessions:
+            session.fail(UnavailableError("the trusted worker is stopping"))
+
+    def _drain(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _idle(self, scheme: Runner) -> None:
+        """Wait a moment for work; then do idle work, a tile at a time, or wait for good."""
+        try:
+            self._commands.get(timeout=GRACE_SECONDS)()
+            return
+        except queue.Empty:
+            pass
+        while self._commands.empty():
+            if not self._guard(scheme.idle, []):
+                self._commands.get()()
+                return
+
+    def _step(self, scheme: Runner) -> bool:
+        """One forward pass over whoever can go on. False when nobody can."""
+        batch, members = self._batch()
+        if not members:
+            return False
+        sessions = [session for session, _ in members]
+        logits = self._guard(lambda: scheme.forward(batch), sessions)
+        self.steps_rows += len(batch.ids)
+        if logits is not None:
+            wanting = [session for session, wants in members if wants]
+            for session, row in zip(wanting, logits, strict=True):
+                self._guard(lambda session=session, row=row: session.accept(row), [session])  # type: ignore[misc]
+        self._reap()
+        return True
+
+    def _batch(self) -> tuple[Batch, list[tuple[Session, bool]]]:
+        """Rows for one step: single rows first, so that they get pads first."""
+        self._sessions.rotate(-1)
+        ready = sorted((s for s in self._sessions if s.rows), key=lambda s: s.rows > 1)
+        ids: list[int] = []
+        runs, logit_rows, members = [], [], []
+        for session in ready[: head_rows(self._max_rows)]:
+            count = min(session.rows, self._max_rows - len(ids))
+            if not count:
+                break
+            taken, wants = session.take(count)
+            runs.append(Run(session.cache, len(ids), len(ids) + count, session.cache.length))
+            ids.extend(taken)
+            if wants:
+                logit_rows.append(len(ids) - 1)
+            members.append((session, wants))
+        return Batch(np.array(ids, np.int32), tuple(runs), np.array(logit_rows, np.int32)), members
+
+    def _guard(self, work: Callable[[], Any], sessions: list[Session]) -> Any:
+        """Run a step's part. Its errors end `sessions`, and nothing else; None then."""
+        try:
+            return work()
+        except CleaveError as error:
+            log.warning("step failed: %s", type(error).__name__)
+            failure = error
+        except Exception as error:
+            log.error("internal error in a step: %s", type(error).__name__)
+            failure = PreconditionError("internal error; the session is closed")
+        for session in sessions:
+            session.fail(failure)
+        if isinstance(failure, VerificationError) and self.scheme is not None:
+            self._guard(self.scheme.distrust, [])
+        return None
+
+    def _reap(self) -> None:
+        self._sessions = deque(session for session in self._sessions if not session.dead)

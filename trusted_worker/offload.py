@@ -1,0 +1,145 @@
+"""The only code that talks to the GPU worker: one stream of calls, used from the compute thread.
+
+What comes back is hostile until a scheme has verified it. Here it is only bounded: the right id, dtype, shape and
+length, assembled into memory that nobody else holds; anything else is a VerificationError. Every wait has a
+deadline: `expire`, called from the asyncio thread, cancels a call that is over it.
+"""
+
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from wire import channel, codec
+from wire.errors import CleaveError, DeadlineError, InvalidArgumentError, UnavailableError, VerificationError
+from wire.v1 import gpu_worker_pb2 as pb
+from wire.v1 import gpu_worker_pb2_grpc
+
+LOAD_SECONDS = 600.0
+
+
+@dataclass
+class Traffic:
+    """What crossed to and from the GPU worker. Bytes are serialised messages."""
+
+    exchanges: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class GpuWorker:
+    """A connection that is made when it is needed, and made again when it broke."""
+
+    def __init__(self, target: str, model: str, precision: pb.Precision.ValueType, seconds: float = 60.0) -> None:
+        self.traffic = Traffic()
+        self._target, self._model, self._precision, self._seconds = target, model, precision, seconds
+        self._channel: grpc.Channel | None = None
+        self._requests: queue.SimpleQueue[pb.ExecuteRequest | None] = queue.SimpleQueue()
+        self._responses: Any = None
+        self._started: float | None = None
+        self._id = 0
+
+    def connect(self) -> None:
+        """Open the stream and have the model loaded. Raises UnavailableError, DeadlineError or what Load answers."""
+        self.close()
+        self._channel = grpc.insecure_channel(self._target, options=channel.client_options())
+        stub = gpu_worker_pb2_grpc.GpuWorkerServiceStub(self._channel)
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=channel.CONNECT_SECONDS)
+            stub.Load(pb.LoadRequest(model=self._model, precision=self._precision), timeout=LOAD_SECONDS)
+        except grpc.FutureTimeoutError:
+            self.close()
+            raise UnavailableError("the GPU worker cannot be reached") from None
+        except grpc.RpcError as error:
+            self.close()
+            raise _local_error(error) from None
+        self._requests = queue.SimpleQueue()
+        self._responses = stub.Execute(iter(self._requests.get, None))
+
+    def close(self) -> None:
+        """End the stream; the worker drops what it reserved for it."""
+        if self._channel is not None:
+            self._requests.put(None)
+            self._channel.close()
+        self._channel, self._responses = None, None
+
+    def expire(self) -> None:
+        """Cancel the call in flight if it is over its deadline. Safe to call from another thread."""
+        started, responses = self._started, self._responses
+        if started is not None and responses is not None and time.monotonic() - started > self._seconds:
+            responses.cancel()
+
+    def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
+        """One exchange. `shape` is that of the answer, whose dtype is the request's (float32 for FORWARD).
+
+        Raises VerificationError for an answer of any other form, UnavailableError or DeadlineError when none comes.
+        """
+        if self._responses is None:
+            self.connect()
+        self._started = time.monotonic()
+        try:
+            self._send(operation, array)
+            answer = self._receive(shape, np.dtype(np.float32) if operation.HasField("forward") else None, array)
+        except grpc.RpcError as error:
+            late = time.monotonic() - self._started > self._seconds
+            self.close()
+            raise DeadlineError("the GPU worker did not answer in time") if late else _local_error(error) from None
+        except CleaveError:
+            self.close()
+            raise
+        finally:
+            self._started = None
+        self.traffic.exchanges += 1
+        return answer
+
+    def _send(self, operation: pb.Operation, array: codec.Array | None) -> None:
+        self._id += 1
+        header = codec.header_of(array) if array is not None else None
+        for index, data in enumerate(codec.split(array) if array is not None else [b""]):
+            frame = pb.ExecuteRequest(id=self._id, data=data)
+            if index == 0:
+                frame.operation.CopyFrom(operation)
+                if header is not None:
+                    frame.header.CopyFrom(header)
+            self.traffic.bytes_up += frame.ByteSize()
+            self._requests.put(frame)
+
+    def _receive(self, shape: tuple[int, ...] | None, dtype: Any, sent: codec.Array | None) -> codec.Array:
+        frames = self._frames()
+        first = next(frames)
+        expected = dtype or (sent.dtype if sent is not None else None)
+        try:
+            if shape is None:
+                return np.empty(0, np.float32)
+            if tuple(first.header.shape) != shape:
+                raise VerificationError
+            assembler = codec.Assembler(first.header)
+            if assembler.dtype != expected:
+                raise VerificationError
+            assembler.add(first.data)
+            while not assembler.done:
+                assembler.add(next(frames).data)
+            return assembler.array()
+        except InvalidArgumentError:
+            raise VerificationError from None
+
+    def _frames(self) -> Iterator[pb.ExecuteResponse]:
+        while True:
+            try:
+                frame = next(self._responses)
+            except StopIteration:
+                raise UnavailableError("the GPU worker closed the stream") from None
+            self.traffic.bytes_down += frame.ByteSize()
+            if frame.id != self._id:
+                raise VerificationError
+            yield frame
+
+
+def _local_error(error: Any) -> CleaveError:
+    """The worker's status in our own words: it is untrusted, so its text goes nowhere."""
+    code: grpc.StatusCode = error.code()
+    return UnavailableError(f"the GPU worker is not available ({code.name})")

@@ -1,0 +1,148 @@
+"""secure-infer: one-time pads in Z/2^32 around every offloaded product, each product verified before it is used.
+
+Paper: SecureInfer (arXiv 2510.19979), in the form of docs/adr/0002: additive pads in a ring instead of a second-hand
+"XOR", Freivalds' check from Slalom (arXiv 1806.03287), norms, attention and activation functions inside.
+
+What the GPU worker sees: for each product, uniform 32-bit words z = x_q + r, independent of everything else it ever
+sees, because every r is used once (pads.py). What it learns: shapes, the number of rows (prompt length, batch), the
+order and time of calls, and which rows came without an exchange only by their absence. Not the scales s_x, not the
+tokens, not the KV cache, not the results: u never leaves.
+What breaks it: a pad used twice (z - z' = x_q - x_q'), a predictable boot key, a snapshot or clone of an emulated
+process, side channels of the TEE. A wrong result passes verification with probability 1/P each (verification.py).
+
+Steps, with the numbers of the design (section 5.1); m rows, k inputs, n outputs:
+ 1. Quantise: x_q = round(x / s_x), one s_x per row, as fine as the ring allows; no product reaches 2^30.
+ 2. Mask:     z = x_q + r mod 2^32, r fresh for each row and linear, spent here whatever happens next.
+ 3. Worker:   y' = z . W_q^T mod 2^32.
+ 4. Recover:  y_q = y' - u as signed int32, u = r . W_q^T from the bank, overwritten by the result.
+ 5. Verify:   s . y_q = c . x_q mod P and |y_q| < 2^30, row by row, one verdict, before any use.
+ 6. Dequantise: y = y_q * s_x * s_w (+ bias).
+When the bank is dry, or for prefill rows when pads are worth more for decode, the product is computed inside: the
+same integers, no exchange.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from trusted_worker import arithmetic
+from trusted_worker.arithmetic import F32, I32, Bound
+from trusted_worker.kv_cache import KVCache
+from trusted_worker.model import Batch, Decoder
+from trusted_worker.pads import Bank, Pad, PadSource, refill
+from trusted_worker.schemes.base import Worker, ring_matmul
+from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.verification import Verifier
+from trusted_worker.weights import Weights
+from wire.errors import VerificationError
+from wire.linears import LinearSpec
+
+Prefill = Literal["auto", "inside", "worker"]
+
+
+class SecureInfer:
+    """The scheme. Rows with a pad go to the worker, the others are computed inside."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        memory: SecureMemory,
+        scratch: Scratch,
+        worker: Worker,
+        source: PadSource,
+        bank: Bank,
+        prefill: Prefill,
+    ) -> None:
+        weights.load_linears()
+        self._weights, self._memory, self._scratch, self._worker = weights, memory, scratch, worker
+        self._source, self._bank, self._prefill = source, bank, prefill
+        self._decoder = Decoder(weights, scratch)
+        self._bounds = {spec: Bound(spec.k, weights.row_square(spec)) for spec in weights.specs}
+        self._verifier = Verifier(memory, weights.specs)
+        self._prepare()
+        self._refill = refill(source, bank, weights, memory)
+        self._pads: list[Pad] = []
+        self._issued = self._verified = self._failed = self._inside = 0
+
+    def open(self, tokens: int) -> KVCache:
+        """A cache in the arena."""
+        return KVCache(self._memory, self._weights.config, tokens)
+
+    def forward(self, batch: Batch) -> F32:
+        """See base.Scheme. Pads go to the first rows of the batch; all of them are spent, also when this raises."""
+        self._pads = self._take(batch)
+        self._issued += len(self._pads)
+        try:
+            return self._decoder.forward(batch, self._product)
+        finally:
+            for pad in self._pads:
+                pad.burn()
+            self._pads = []
+
+    def idle(self) -> bool:
+        """One tile of refill."""
+        return self._bank.capacity > 0 and next(self._refill)
+
+    def distrust(self) -> None:
+        """A fresh secret s before the worker is trusted again: a rejected row excluded candidates of the old one."""
+        self._verifier.draw()
+        self._prepare()
+
+    def counters(self) -> dict[str, int]:
+        """See base.Scheme."""
+        return {
+            "pads_issued": self._issued,
+            "pads_reused": self._source.reused,
+            "pads_in_stock": self._bank.stock,
+            "pads_capacity": self._bank.capacity,
+            "products_verified": self._verified,
+            "products_failed": self._failed,
+            "products_inside": self._inside,
+        }
+
+    def _prepare(self) -> None:
+        for spec in self._weights.specs:
+            self._verifier.prepare(spec, self._weights.tiles(spec))
+
+    def _take(self, batch: Batch) -> list[Pad]:
+        """Pads for a prefix of the batch: every decode row, and as many prefill rows as the policy grants."""
+        decode = sum(run.stop - run.start for run in batch.runs if run.stop - run.start == 1)
+        if self._prefill == "inside":
+            wanted = decode
+        elif self._prefill == "worker":
+            wanted = len(batch.ids)
+        else:  # a pad is worth more at decode: prefill takes only from the upper half of the bank
+            wanted = decode + max(0, self._bank.stock - decode - self._bank.capacity // 2)
+        taken = (self._bank.take() for _ in range(min(wanted, len(batch.ids))))
+        return [pad for pad in taken if pad is not None]
+
+    def _product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+        scratch = self._scratch
+        x_q, x_scale = arithmetic.quantize(x, self._bounds[spec], scratch)  # (1)
+        y_q: I32 = scratch.empty((len(x), spec.n), np.int32)
+        padded = int(np.searchsorted(rows, len(self._pads)))
+        if padded:
+            with scratch.frame():
+                pads = [self._pads[row] for row in rows[:padded]]
+                self._outside(spec, x_q[:padded], pads, y_q[:padded])
+        if padded < len(x):
+            inside = x_q[padded:].astype(np.float64)
+            arithmetic.exact_product(inside, self._weights.tiles(spec), y_q[padded:])
+            self._inside += len(x) - padded
+        scale, bias = self._weights.scale[spec], self._weights.bias[spec]
+        return arithmetic.dequantize(y_q, x_scale, scale, bias, scratch)  # (6)
+
+    def _outside(self, spec: LinearSpec, x_q: I32, pads: list[Pad], y_q: I32) -> None:
+        """Steps 2 to 5 for rows that have a pad: y_q int32[m, n], verified."""
+        z: I32 = self._scratch.empty(x_q.shape, np.int32)
+        for row, pad in enumerate(pads):  # (2) r is overwritten by z
+            self._source.spend(spec, pad.index, z[row])
+        np.add(z, x_q, out=z)
+        masked = self._worker.call(ring_matmul(spec), z, y_q.shape)  # (3)
+        for row, pad in enumerate(pads):  # (4) u is overwritten by y_q; the answer was copied on arrival
+            pad.open(spec, y_q[row])
+        np.subtract(masked, y_q, out=y_q)
+        if not self._verifier.accepts(spec, x_q, y_q):  # (5)
+            self._failed += len(pads)
+            raise VerificationError
+        self._verified += len(pads)

@@ -1,0 +1,149 @@
+"""Builds the scheme that the settings name, opens sessions on it, and counts. Compute thread only, but for `stats`."""
+
+import secrets
+from typing import cast
+
+from trusted_worker.config import Settings
+from trusted_worker.engine import Engine
+from trusted_worker.model import scratch_bytes
+from trusted_worker.offload import GpuWorker
+from trusted_worker.pads import Bank, PadSource
+from trusted_worker.sampling import Sampler
+from trusted_worker.schemes.base import Scheme
+from trusted_worker.schemes.plain import Plain
+from trusted_worker.schemes.secure_infer import Prefill, SecureInfer
+from trusted_worker.schemes.split import Split
+from trusted_worker.schemes.tee_only import TeeOnly
+from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.session import Session
+from trusted_worker.weights import Weights
+from wire.checkpoint import Checkpoint
+from wire.errors import ContextError, ExhaustedError, PreconditionError, UnauthenticatedError
+from wire.model_config import ModelConfig
+from wire.v1 import gpu_worker_pb2
+from wire.v1 import trusted_worker_pb2 as pb
+
+MAX_ROWS = 64  # rows of one step, when the budget allows
+MAX_FRAME_TOKENS = 4096
+SESSION_BYTES = 16
+_PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
+
+
+class Service:
+    """One model under one scheme. `engine` runs it; sessions are known by unguessable names."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.config = ModelConfig.from_hf(settings.model)
+        self._precision = _PRECISIONS[settings.precision]
+        self._memory = SecureMemory(settings.memory_budget)
+        self.worker = GpuWorker(settings.gpu_worker, self.config.name, self._precision, settings.step_seconds)
+        self._scheme: Scheme | None = None
+        self._sessions: dict[bytes, Session] = {}
+        self.engine = Engine(self._load, MAX_ROWS)
+
+    def open(self, request: pb.OpenRequest) -> pb.OpenResponse:
+        """Admit a session or refuse it before anything starts."""
+        self._check(request)
+        if self._scheme is None:
+            raise PreconditionError("model is loading; try again in a moment")
+        most = min(self.config.max_context, self._settings.max_context or self.config.max_context)
+        if request.max_context > most:
+            raise ContextError(f"a context of {request.max_context} tokens was asked; the most is {most}")
+        tokens = request.max_context or most
+        sampler = Sampler(request.sampling)
+        session = Session(self.config, self._scheme.open(tokens), sampler)
+        self.engine.add(session)
+        name = secrets.token_bytes(SESSION_BYTES)
+        self._sessions = {key: one for key, one in self._sessions.items() if not one.dead} | {name: session}
+        return pb.OpenResponse(
+            session=name,
+            model=self.config.name,
+            scheme=self._settings.scheme,
+            precision=self._precision,
+            max_context=tokens,
+            vocabulary=self.config.vocabulary,
+            max_frame_tokens=MAX_FRAME_TOKENS,
+        )
+
+    def session(self, name: bytes) -> Session:
+        """A living session by its name. Raises UnauthenticatedError: unknown, closed and expired look the same."""
+        session = self._sessions.get(name)
+        if session is None or session.dead:
+            raise UnauthenticatedError("no such session")
+        return session
+
+    def close(self, name: bytes) -> None:
+        """End a session; one that is gone already is fine."""
+        session = self._sessions.pop(name, None)
+        if session is not None:
+            self.engine.remove(session)
+
+    def stats(self) -> pb.StatsResponse:
+        """Counters since the start."""
+        traffic = self.worker.traffic
+        return pb.StatsResponse(
+            scheme=self._settings.scheme,
+            precision=self._precision,
+            exchanges=traffic.exchanges,
+            wire_bytes_up=traffic.bytes_up,
+            wire_bytes_down=traffic.bytes_down,
+            memory_budget=self._memory.budget,
+            memory_used=self._memory.used,
+            memory_peak=self._memory.peak,
+            memory_locked=self._memory.protections["locked"],
+            rss=_rss(),
+            sessions=self.engine.sessions,
+            tokens=self.engine.steps_rows,
+            **(self._scheme.counters() if self._scheme is not None else {}),
+        )
+
+    def _check(self, request: pb.OpenRequest) -> None:
+        settings = self._settings
+        if request.model != self.config.name:
+            raise PreconditionError(f"this worker serves the model {self.config.name}")
+        if request.scheme != settings.scheme or request.precision != self._precision:
+            raise PreconditionError(f"this worker serves {settings.scheme} at {settings.precision}")
+
+    def _load(self) -> Scheme:
+        scheme = self._build()
+        if self._settings.scheme != "tee-only":
+            self.worker.connect()
+        self._scheme = scheme
+        return scheme
+
+    def _build(self) -> Scheme:
+        settings, memory = self._settings, self._memory
+        if settings.scheme == "plain":
+            return Plain(self.config, self.worker)
+        checkpoint = Checkpoint(settings.model)
+        int8 = settings.precision == "int8"
+        weights = Weights(checkpoint, self.config, memory, int8)
+        rows = _rows(weights, memory)
+        self.engine.limit_rows(rows)
+        scratch = Scratch(memory, scratch_bytes(weights, rows))
+        if settings.scheme == "tee-only":
+            return TeeOnly(weights, memory, scratch, int8)
+        if settings.scheme == "split":
+            return Split(weights, memory, scratch, self.worker, int8)
+        boot_key = secrets.token_bytes(32)
+        source = PadSource(boot_key, checkpoint.digest())
+        bank = Bank(boot_key, weights.specs, settings.pad_bank, settings.spill_dir)
+        return SecureInfer(weights, memory, scratch, self.worker, source, bank, cast(Prefill, settings.prefill))
+
+
+def _rows(weights: Weights, memory: SecureMemory) -> int:
+    """Rows of one step: as many as a quarter of the budget holds. Raises ExhaustedError when not even one fits."""
+    rows = MAX_ROWS
+    while rows > 1 and scratch_bytes(weights, rows) > memory.budget // 4:
+        rows //= 2
+    if scratch_bytes(weights, rows) > memory.largest_free():
+        raise ExhaustedError(f"a memory budget of {memory.budget} bytes does not hold one row of this model")
+    return rows
+
+
+def _rss() -> int:
+    """Resident bytes of the whole process: the interpreter and its libraries are not inside the budget."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,109 @@
+"""One conversation: its tokens, its cache, its credit. Only the compute thread touches it.
+
+`pending` are tokens that are not in the cache yet: new ones from the client, or the one sampled last. A session can
+step when it has something to prefill, or one token and credit for the answer to it. A turn starts with tokens from
+the client and ends with one FINAL: at an end-of-sequence token, when the context is full, or when the client says so.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from trusted_worker.arithmetic import F32
+from trusted_worker.kv_cache import Cache
+from trusted_worker.sampling import Sampler
+from wire.errors import CleaveError, ContextError, InvalidArgumentError
+from wire.model_config import ModelConfig
+from wire.v1 import trusted_worker_pb2 as pb
+
+Event = pb.DecodeResponse | CleaveError
+Emit = Callable[[Event], None]
+
+
+class Session:
+    """State machine of one session. `emit` receives tokens, FINALs and at most one error, after which it is dead."""
+
+    def __init__(self, config: ModelConfig, cache: Cache, sampler: Sampler) -> None:
+        self.cache = cache
+        self.dead = False
+        self._config, self._sampler = config, sampler
+        self._emit: Emit | None = None
+        self._tokens: list[int] = []
+        self._pending: deque[int] = deque()
+        self._credit = 0
+        self._in_turn = False
+
+    def attach(self, emit: Emit) -> None:
+        """From now on events go to `emit`."""
+        self._emit = emit
+
+    def detach(self, emit: Emit) -> None:
+        """The stream is gone: stop the turn. A later attach may go on."""
+        if self._emit is emit:
+            self._emit = None
+            self._in_turn, self._credit = False, 0
+
+    def feed(self, ids: list[int], credit: int, end_turn: bool) -> None:
+        """A client's frame. Raises InvalidArgumentError or ContextError; the session lives on unchanged then."""
+        if any(token >= self._config.vocabulary for token in ids):
+            raise InvalidArgumentError(f"token ids must be below {self._config.vocabulary}")
+        held = self.cache.length + len(self._pending)
+        if held + len(ids) > self.cache.capacity:
+            room = self.cache.capacity - held
+            raise ContextError(f"{len(ids)} more tokens do not fit: the context has room for {room}")
+        if ids:
+            self._in_turn = True
+            self._tokens.extend(ids)
+            self._pending.extend(ids)
+        if self._in_turn:
+            self._credit = min(self._credit + credit, self.cache.capacity)
+            if end_turn:
+                self._finish(pb.FINISH_REASON_ENDED)
+
+    @property
+    def rows(self) -> int:
+        """Rows that could go into a step now. The last pending token waits for credit."""
+        if self.dead or not self._in_turn:
+            return 0
+        return len(self._pending) if self._credit else len(self._pending) - 1
+
+    def take(self, rows: int) -> tuple[list[int], bool]:
+        """The next `rows` tokens to compute, and whether the last one's logits are wanted."""
+        ids = [self._pending.popleft() for _ in range(rows)]
+        return ids, not self._pending
+
+    def accept(self, logits: F32) -> None:
+        """Sample from the logits of the last token, and hand the result to the client."""
+        choice = self._sampler.choose(logits, self._tokens)
+        self._tokens.append(choice.token)
+        self._pending.append(choice.token)
+        if not self._in_turn:  # the client left during the step: the token is part of the context, unsent
+            return
+        self._credit -= 1
+        top = [pb.Logprob(token_id=token, logprob=logprob) for token, logprob in choice.top]
+        self._send(pb.DecodeResponse(token=pb.Token(token_id=choice.token, logprob=choice.logprob, top=top)))
+        if choice.token in self._config.eos:
+            self._finish(pb.FINISH_REASON_EOS)
+        elif self.cache.length + len(self._pending) >= self.cache.capacity:
+            self._finish(pb.FINISH_REASON_CONTEXT)
+
+    def fail(self, error: CleaveError) -> None:
+        """The session ends with this error."""
+        if not self.dead:
+            self._send(error)
+            self.close()
+
+    def close(self) -> None:
+        """Wipe and give back what the session holds."""
+        if not self.dead:
+            self.dead = True
+            self.cache.free()
+            self._tokens.clear()
+            self._pending.clear()
+
+    def _finish(self, reason: pb.FinishReason.ValueType) -> None:
+        self._in_turn, self._credit = False, 0
+        self._send(pb.DecodeResponse(final=pb.Final(reason=reason, context_tokens=len(self._tokens))))
+
+    def _send(self, event: Event) -> None:
+        if self._emit is not None:
+            self._emit(event)
