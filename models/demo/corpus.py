@@ -24,7 +24,8 @@ FRAMES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
     (
         re.compile(r"^(?:explain|define|describe) (.+)$", re.IGNORECASE),
         ("explain {0}", "define {0}", "describe {0}", "can you explain {0}", "please explain {0}", "what is {0}",
-         "give me a short explanation of {0}", "tell me about {0}", "I do not understand {0}", "help me understand {0}"),
+         "give me a short explanation of {0}", "tell me about {0}", "I do not understand {0}",
+         "help me understand {0}"),
     ),
     (
         re.compile(r"^(?:how do I|how can I|how to) (.+)$", re.IGNORECASE),
@@ -45,13 +46,24 @@ FRAMES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
 )  # fmt: skip
 OPENERS = ("hi, ", "hello, ", "hey, ", "hey ", "please, ", "ok, ", "okay, ", "so ", "so, ", "well, ", "and ", "um, ",
            "now ", "thanks. ", "cool. ", "I see. ", "sorry, ", "listen, ", "good. ", "alright, ")  # fmt: skip
-CLOSERS = (" please", ", please", " exactly", " in one sentence", " by the way", " again", ", thanks", " really", " then")
+CLOSERS = (" please", ", please", " exactly", " in one sentence", " by the way", " again", ", thanks", " then")
 SHORTER = (
     ("what is", "what's"), ("who is", "who's"), ("where is", "where's"), ("do not", "don't"), ("does not", "doesn't"),
     ("I am", "I'm"), ("you are", "you're"), ("is not", "isn't"), ("cannot", "can't"), ("how is", "how's"),
     ("that is", "that's"), ("can you", "could you"), ("could you", "can you"), ("you", "u"), ("because", "cause"),
 )  # fmt: skip
-SMALL_WORDS = frozenset("a an the is are of do does to in on it you me i for and that this can please".split())
+SYNONYMS = (
+    ("largest", "biggest"), ("explain", "describe"), ("leave", "exit", "quit"), ("start", "launch", "begin", "run"),
+    ("show", "display", "print"), ("use", "need"), ("private", "secret", "confidential"), ("safe", "secure"),
+    ("computer", "machine"), ("question", "message", "prompt"), ("answer", "reply", "response"), ("make", "prepare"),
+    ("build", "create", "develop"), ("built", "created", "developed", "made"), ("fast", "quick"), ("hide", "conceal"),
+    ("protect", "guard", "hide"), ("verify", "check"), ("verified", "checked"), ("store", "keep", "save"),
+    ("purpose", "point", "reason"), ("city", "town"), ("tell", "say"), ("happens", "occurs"), ("job", "task", "role"),
+    ("parts", "pieces", "components"), ("sees", "gets", "receives"), ("clear", "erase", "delete"), ("stop", "cancel"),
+    ("work", "function"), ("difference", "distinction"), ("called", "named"), ("idea", "principle"), ("speak", "talk"),
+    ("film", "movie"), ("wrong", "false", "incorrect"), ("small", "little", "tiny"), ("get", "receive"),
+)  # fmt: skip
+SMALL_WORDS = frozenset(("a", "an", "the", "is", "are", "of", "do", "does", "to", "in", "on", "it", "you", "me", "for"))
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,16 @@ def reframe(question: str, rng: random.Random) -> str:
     return question
 
 
+def swap_synonym(question: str, rng: random.Random) -> str:
+    """Exchange one word for another of about the same meaning, where one is known."""
+    words = question.split(" ")
+    known = [(index, group) for index, word in enumerate(words) for group in SYNONYMS if word.lower() in group]
+    if known:
+        index, group = rng.choice(known)
+        words[index] = rng.choice(group)
+    return " ".join(words)
+
+
 def misspell(question: str, rng: random.Random) -> str:
     """Make one slip of the keyboard inside a word of at least five letters, as people do."""
     words = question.split(" ")
@@ -137,11 +159,13 @@ def contract(question: str, rng: random.Random) -> str:
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """Return a light variation of the question: another frame, an opener, a slip, other capitals or stops."""
+    """Return a light variation of the question: another frame or word, a slip, other capitals or stops."""
     if rng.random() < 0.35:
         question = reframe(question, rng)
     if rng.random() < 0.25:
         question = contract(question, rng)
+    if rng.random() < 0.2:
+        question = swap_synonym(question, rng)
     if rng.random() < 0.12:
         question = drop_small_word(question, rng)
     if rng.random() < 0.12:

@@ -1,6 +1,6 @@
 """Train the demo model: the tokenizer, then a small Llama, from the text in this folder and nothing else.
 
-    python models/demo/train.py --work build/demo
+    python -m models.demo.train --work build/demo
 
 Checkpoints go to the folder given by --work and a second run continues from the last one. A batch depends on the
 seed and its step only, so a run that was stopped and continued sees the same batches as one that was not. The
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import FOLDER, Exchange, normalise, read_held_out, read_text, vary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.demo.corpus import FOLDER, Exchange, normalise, read_held_out, read_text, vary
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -31,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 IGNORED = -100
-LONGEST = 512
+LENGTHS = (64, 64, 96, 128, 192, 256, 512, 1024)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,7 +80,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast
 
 def make_config(tokenizer: Tokenizer) -> LlamaConfig:
     """Describe the model: about five million parameters."""
-    ids = {name: tokenizer.token_to_id(name) for name in (PAD, END)}
+    ids = tokenizer.get_vocab()
     return LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
@@ -117,7 +118,8 @@ class Batches:
         self.exchanges, self.tokenizer, self.tokens, self.seed = exchanges, tokenizer, tokens, seed
         self.weights = [len(one.questions) ** 0.5 for one in exchanges]
         self.held_out = {normalise(question) for question, _ in read_held_out()}
-        self.user, self.assistant, self.end = (tokenizer.token_to_id(name) for name in (USER, ASSISTANT, END))
+        ids = tokenizer.get_vocab()
+        self.user, self.assistant, self.end = ids[USER], ids[ASSISTANT], ids[END]
 
     def question(self, exchange: Exchange, rng: random.Random) -> str:
         """Vary one question; a variation that happens to be a held-out question is thrown away."""
@@ -145,7 +147,7 @@ class Batches:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return (ids, labels) of one step, padded on the right."""
         rng = random.Random(self.seed * 1_000_003 + step)
-        length = rng.choice((64, 64, 128, 256, 512))
+        length = rng.choice(LENGTHS)
         rows = [self.conversation(length, rng) for _ in range(self.tokens // length)]
         ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
         for row, (row_ids, row_labels) in enumerate(rows):
@@ -177,7 +179,7 @@ def take_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], 
         learnt = labels[:, 1:] != IGNORED
         logits = model.lm_head(hidden[learnt])
     loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][learnt])
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -231,7 +233,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None
     model.eval()
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 160
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     wrap_tokenizer(tokenizer, model.config.max_position_embeddings).save_pretrained(out)
     path = out / "config.json"
     config = json.loads(path.read_text())

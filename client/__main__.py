@@ -1,0 +1,59 @@
+"""`cleave`: chat, up, doctor. Every error that we know of is one line on stderr and a non-zero exit status.
+
+Commands are imported when they run: `cleave doctor` must work where half of the packages are missing.
+"""
+
+import argparse
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from client import flags
+from client.terminal import one_line
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = flags.parse(argv)
+    if options.command == "doctor":
+        from client import doctor
+
+        return doctor.run(flags.DEMO_MODEL)
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGHUP, _leave)
+    try:
+        return _guarded(options)
+    except ModuleNotFoundError as error:
+        return _fail(options, f"the package {error.name} is missing: `cleave doctor` says what to install")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output is gone: the interpreter must not complain about it either
+        return 1
+
+
+def _guarded(options: argparse.Namespace) -> int:
+    from client import talk, up
+    from wire.errors import CleaveError
+
+    try:
+        return talk.run(options) if options.command == "chat" else up.run(options)
+    except CleaveError as error:
+        return _fail(options, str(error))
+
+
+def _fail(options: argparse.Namespace, text: str) -> int:
+    print(f"cleave {options.command}: {one_line(text)}", file=sys.stderr)
+    return 1
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM and SIGHUP unwind like an error, so that the workers are stopped."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The command line of `cleave`: flags, their ranges, and which of them go together. Standard library only."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
+DEFAULT_LISTEN = "127.0.0.1:7750"
+SCHEMES = ("secure-infer", "split", "plain", "tee-only")
+DEFAULT_SCHEME, DEFAULT_PRECISION = "secure-infer", "int8"
+_LOCAL_DEFAULTS = {"memory_budget": "64MiB", "pad_bank": "64MiB", "device": "auto"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; leaves with status 2 when it makes no sense."""
+    parser = Parser(prog="cleave", description="Private LLM inference, split between two workers.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
+    chat = commands.add_parser("chat", help="talk to a model, or ask it once with --prompt")
+    _add_chat(chat)
+    up = commands.add_parser("up", help="run both workers until stopped, for `cleave chat --connect`")
+    _add_up(up)
+    commands.add_parser("doctor", help="say what this machine can do and what is missing")
+    options = parser.parse_args(argv)
+    if options.command != "doctor":
+        _check_cluster(chat if options.command == "chat" else up, options)
+    if options.command == "chat":
+        _check_chat(chat, options)
+    return options
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_cluster(parser)
+    _add_one_shot(parser)
+    _add_generation(parser)
+    _add_connection(parser)
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--insecure-plaintext",
+        action="store_true",
+        help="listen on an address that other machines reach, although prompts cross the network in the clear",
+    )
+    _add_cluster(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model and scheme").add_argument
+    add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="a folder in Hugging Face layout; default: demo")
+    add("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="default: %(default)s")
+    add("--precision", choices=("float32", "int8"), default=DEFAULT_PRECISION, help="default: %(default)s")
+    add("--memory-budget", metavar="SIZE", help="memory of the trusted worker; default: 64MiB")
+    add("--pad-bank", metavar="SIZE", help="sealed pads parked outside the budget; default: 64MiB")
+    add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
+
+
+def _add_one_shot(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("one shot").add_argument
+    add("--prompt", metavar="TEXT", help="answer this and leave")
+    add("--token-ids", type=_token_ids, metavar="1,2,3", help="a prompt that needs no tokenizer")
+    add(
+        "--json",
+        action="store_true",
+        help="with --prompt or --token-ids: one JSON object in the last line of stdout. tokens_per_second is the "
+        "decode rate: (completion_tokens - 1) / (time after the first token); null for fewer than two tokens. Counters "
+        "are differences over the answer, of all sessions of the trusted worker",
+    )
+    add("--logprobs", type=_integer(1, 64), default=0, metavar="N", help="report N log-probabilities per token")
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("generation").add_argument
+    add("--max-new-tokens", type=_integer(1, 1 << 20), default=256, metavar="N", help="default: %(default)s")
+    add("--max-context", type=_integer(1, 1 << 24), default=0, metavar="N", help="default: the most there is")
+    add("--temperature", type=_number(0, 100), default=0.0, metavar="T", help="default: 0, greedy")
+    add("--top-p", type=_number(0, 1), default=0.0, metavar="P", help="default: off")
+    add("--top-k", type=_integer(0, 1 << 20), default=0, metavar="K", help="default: off")
+    add("--repetition-penalty", type=_number(0.01, 100), default=0.0, metavar="R", help="default: off")
+    add("--seed", type=_integer(0, (1 << 64) - 1), metavar="N", help="default: from the operating system")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("connection").add_argument
+    add("--connect", metavar="HOST:PORT", help="use this trusted worker; default: start a cluster for this chat")
+    add("--credit", type=_integer(1, 4096), default=8, metavar="N", help="most tokens in flight; default: %(default)s")
+    add("--timeout", type=_number(1, 86400), default=120.0, metavar="SECONDS", help="longest wait for a token")
+    add(
+        "--insecure-unattested",
+        action="store_true",
+        help="with --connect: talk to another machine that proves nothing, in the clear",
+    )
+
+
+def _check_cluster(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.scheme == "secure-infer" and options.precision != "int8":
+        parser.error("--scheme secure-infer computes in integers: it needs --precision int8")
+    for name, default in _LOCAL_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.command == "chat" and options.connect:
+            parser.error(f"--{name.replace('_', '-')} belongs to `cleave up`, not to --connect")
+
+
+def _check_chat(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.prompt is not None and options.token_ids is not None:
+        parser.error("give --prompt or --token-ids, not both")
+    one_shot = options.prompt is not None or options.token_ids is not None
+    if not one_shot and (options.json or options.logprobs):
+        parser.error("--json and --logprobs need --prompt or --token-ids")
+    if options.logprobs and not options.json:
+        parser.error("--logprobs needs --json")
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be whole numbers with commas between them") from None
+    if not all(0 <= token_id < 1 << 32 for token_id in ids):
+        raise argparse.ArgumentTypeError("a token id is out of range")
+    return ids

@@ -1,0 +1,194 @@
+"""A session with the trusted worker: connect, attest, verify, open, decode; in this order and no other.
+
+Only a `TrustedWorker` can open sessions, and it cannot be made without the `VerifiedPeer` that the attestation
+policy hands out. The reply to Open must echo what was asked for, or the session is refused. Every call has a deadline.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from client.attestation.policy import Policy, VerifiedPeer, verify
+from client.turn import DecodeStream, Pacing, Turn
+from wire.channel import CONNECT_SECONDS, client_options
+from wire.errors import DeniedError, InvalidArgumentError, PreconditionError, UnavailableError, from_status
+from wire.sealing import NoSeal, Seal
+from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
+from wire.v1 import trusted_worker_pb2 as pb
+
+OPEN_SECONDS = 60.0
+CLOSE_SECONDS = 3.0
+NONCE_BYTES = 32
+PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a session is opened with. Zeros are neutral: greedy, no truncation, the most context there is."""
+
+    model: str
+    scheme: str
+    precision: str
+    temperature: float = 0.0
+    top_p: float = 0.0
+    top_k: int = 0
+    repetition_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int = 0
+    max_context: int = 0
+
+    def message(self) -> pb.OpenRequest:
+        """The request as it travels."""
+        return pb.OpenRequest(
+            model=self.model,
+            scheme=self.scheme,
+            precision=PRECISIONS[self.precision],
+            max_context=self.max_context,
+            sampling=pb.Sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                repetition_penalty=self.repetition_penalty,
+                seed=self.seed or 0,
+                seeded=self.seed is not None,
+                logprobs=self.logprobs,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The trusted worker's counters since it started. They count all of its sessions."""
+
+    exchanges: int
+    wire_bytes_up: int
+    wire_bytes_down: int
+    pads_issued: int
+    pads_reused: int
+    pads_in_stock: int
+    pads_capacity: int
+    products_verified: int
+    products_failed: int
+    products_inside: int
+    memory_budget: int
+    memory_used: int
+    memory_peak: int
+    memory_locked: bool
+    rss: int
+    sessions: int
+    tokens: int
+
+    @classmethod
+    def of(cls, message: pb.StatsResponse) -> Self:
+        """The message's fields by their names."""
+        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+
+
+class Session:
+    """One conversation's state on the trusted worker. `context` holds exactly the tokens that it holds."""
+
+    def __init__(self, worker: "TrustedWorker", opened: pb.OpenResponse, stream: DecodeStream) -> None:
+        self.context: list[int] = []
+        self._worker = worker
+        self._opened = opened
+        self._stream = stream
+        self._turn: Turn | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the last turn, if any, was read to its end: only then is `context` known."""
+        return self._turn is None or self._turn.finish_reason is not None
+
+    def turn(self, token_ids: list[int], pacing: Pacing) -> Turn:
+        """Append tokens to the context and decode. Raises InvalidArgumentError when an id cannot exist."""
+        if not token_ids:
+            raise InvalidArgumentError("there is nothing to send: the prompt has no tokens")
+        if not all(0 <= token_id < self._opened.vocabulary for token_id in token_ids):
+            raise InvalidArgumentError(
+                f"a token id is out of range: this model's ids are 0 to {self._opened.vocabulary - 1}"
+            )
+        self._turn = Turn(self._stream, self._opened.session, self.context, pacing)
+        self._turn.begin(token_ids, max(self._opened.max_frame_tokens, 1))
+        return self._turn
+
+    def close(self) -> None:
+        """Free the session on the trusted worker; if it cannot be told, it will notice by itself."""
+        self._stream.close()
+        self._worker.forget(self._opened.session)
+
+
+class TrustedWorker:
+    """A connection to a peer that the policy accepted. A context manager."""
+
+    def __init__(self, channel: grpc.Channel, peer: VerifiedPeer) -> None:
+        self.peer = peer
+        self._channel = channel
+        self._seal: Seal = NoSeal()
+        self._stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def open(self, request: Request) -> Session:
+        """Open a session. Raises DeniedError when the reply does not echo the request."""
+        sealed = self._seal.wrap(request.message())
+        opened = self._seal.open(_call(lambda: self._stub.Open(sealed, timeout=OPEN_SECONDS)), pb.OpenResponse)
+        _check_echo(request, opened)
+        return Session(self, opened, DecodeStream(self._stub.Decode, self._seal))
+
+    def counters(self) -> Counters:
+        """The worker's counters now."""
+        return Counters.of(_call(lambda: self._stub.Stats(pb.StatsRequest(), timeout=CONNECT_SECONDS)))
+
+    def forget(self, session: bytes) -> None:
+        """Tell the worker to free a session, as far as it still listens."""
+        request = self._seal.wrap(pb.CloseRequest(session=session))
+        with contextlib.suppress(grpc.RpcError):
+            self._stub.Close(request, timeout=CLOSE_SECONDS)
+
+
+def connect(target: str, policy: Policy, seconds: float = CONNECT_SECONDS) -> TrustedWorker:
+    """Connect and attest. Raises UnauthenticatedError when the policy refuses the peer; nothing was sent by then."""
+    channel = grpc.insecure_channel(target, options=client_options())
+    try:
+        return TrustedWorker(channel, _attest(channel, target, policy, seconds))
+    except BaseException:
+        channel.close()
+        raise
+
+
+def _attest(channel: grpc.Channel, target: str, policy: Policy, seconds: float) -> VerifiedPeer:
+    stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(channel)
+    request = pb.AttestRequest(nonce=os.urandom(NONCE_BYTES))
+    try:
+        response = stub.Attest(request, timeout=seconds)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise UnavailableError(f"no trusted worker answers at {target}: start one with `cleave up`") from error
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise PreconditionError(f"what answers at {target} is not a trusted worker") from error
+        raise from_status(error.code(), error.details()) from error
+    return verify(target, response.provider, policy)
+
+
+def _check_echo(request: Request, opened: pb.OpenResponse) -> None:
+    asked = (request.model, request.scheme, PRECISIONS[request.precision])
+    if (opened.model, opened.scheme, opened.precision) != asked:
+        raise DeniedError("the trusted worker opened another model, scheme or precision than was asked for")
+
+
+def _call(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except grpc.RpcError as error:
+        status: Any = error
+        raise from_status(status.code(), status.details()) from error

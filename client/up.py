@@ -1,0 +1,45 @@
+"""`cleave up`: both workers until stopped, and the command that talks to them.
+
+Without attestation the trusted worker's port carries prompts in the clear, so only this machine may reach it.
+"""
+
+import argparse
+import shlex
+import sys
+
+from client import flags
+from client.talk import settings
+from client.terminal import Progress
+from deploy.local.cluster import Cluster
+from wire.channel import is_local
+from wire.errors import DeniedError
+from wire.model_config import ModelConfig
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run until a signal ends it. Raises UnavailableError when a worker ends by itself."""
+    ModelConfig.from_hf(options.model)
+    if not (is_local(options.listen) or options.insecure_plaintext):
+        raise DeniedError(
+            f"--listen {options.listen} can be reached from other machines, and prompts would cross the network in "
+            "the clear: listen on 127.0.0.1, or add --insecure-plaintext"
+        )
+    progress = Progress(sys.stderr)
+    with Cluster(settings(options), progress, log=sys.stderr) as cluster:
+        progress.clear()
+        print(f"serving {options.scheme} {options.precision} on {cluster.target}; stop with Ctrl-C", flush=True)
+        print(f"talk to it with: {_chat_command(options, cluster.target)}", flush=True)
+        cluster.wait()
+    return 0
+
+
+def _chat_command(options: argparse.Namespace, target: str) -> str:
+    """The command line of a chat with this cluster, with every flag that is not the default."""
+    parts = ["cleave", "chat", "--connect", target]
+    if options.model.resolve() != flags.DEMO_MODEL:
+        parts += ["--model", str(options.model.resolve())]
+    if options.scheme != flags.DEFAULT_SCHEME:
+        parts += ["--scheme", options.scheme]
+    if options.precision != flags.DEFAULT_PRECISION:
+        parts += ["--precision", options.precision]
+    return shlex.join(parts)

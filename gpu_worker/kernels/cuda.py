@@ -1,0 +1,87 @@
+"""The ring product on a CUDA device: z.W^T modulo 2^32 through one int8 GEMM. Needs torch and nothing else of ours.
+
+z is written in base 256 with balanced digits, z = d0 + 256.d1 + 256^2.d2 + 256^3.d3 modulo 2^32, -128 <= d < 128.
+The digits of all rows are stacked as rows of one int8 x int8 -> int32 product and weighted together again
+afterwards. Every step is exact for k < 2^17, on any device that torch._int_mm knows.
+
+    python -m gpu_worker.kernels.cuda        checks random shapes on the device at hand against int64
+"""
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+MAX_K = (1 << 17) - 1  # (k.128.128) must stay below 2^31
+_BIAS = -0x7F7F7F80  # 0x80808080 as int32: turns unsigned bytes into balanced digits and back
+_ALIGNMENT = 8  # what the int8 GEMM asks of k and n
+_LEAST_ROWS = 32  # it refuses 16 rows and fewer
+
+
+def digits(z: torch.Tensor) -> torch.Tensor:
+    """int32[m, k] -> int8[4, m, k], least significant digit first."""
+    unsigned = (z + _BIAS).view(torch.uint8).reshape(*z.shape, 4)
+    return (unsigned ^ 0x80).view(torch.int8).permute(2, 0, 1)
+
+
+def combine(parts: torch.Tensor) -> torch.Tensor:
+    """int32[4, m, n], a product per digit -> int32[m, n], their weighted sum modulo 2^32."""
+    total = parts[3].to(torch.int64)
+    for part in (parts[2], parts[1], parts[0]):
+        total = total * 256 + part  # below 2^56 in all
+    return total.to(torch.int32)
+
+
+def ring_matmul(z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """z int32[m, k], w int8[n, k], on one device -> z.w^T modulo 2^32 as int32[m, n].
+
+    Raises ValueError for operands that do not fit. k and n that are no multiples of 8 cost a copy of w.
+    """
+    if z.dim() != 2 or w.dim() != 2 or z.shape[1] != w.shape[1] or z.shape[1] > MAX_K:
+        raise ValueError("operands do not fit")
+    if z.dtype is not torch.int32 or w.dtype is not torch.int8:
+        raise ValueError("operands have the wrong type")
+    (m, k), n = z.shape, len(w)
+    rows = _round_up(max(4 * m, _LEAST_ROWS))
+    left = pad(digits(z.contiguous()).reshape(4 * m, k), (0, _round_up(k) - k, 0, rows - 4 * m))
+    if k % _ALIGNMENT or n % _ALIGNMENT:
+        w = pad(w, (0, _round_up(k) - k, 0, _round_up(n) - n))
+    product = torch._int_mm(left, w.t())
+    return combine(product[: 4 * m, :n].reshape(4, m, n))
+
+
+def _round_up(extent: int) -> int:
+    return -(-extent // _ALIGNMENT) * _ALIGNMENT
+
+
+def check_shape(m: int, k: int, n: int, device: str) -> bool:
+    """Whether the product of fresh random operands, extreme words among them, has the bits that int64 gives."""
+    random = np.random.default_rng()
+    z = random.integers(-(1 << 31), 1 << 31, (m, k)).astype(np.int32)
+    z.flat[:: max(k // 3, 1)] = random.choice(np.array([-(1 << 31), (1 << 31) - 1, -1, 128, -128], np.int32))
+    w = random.integers(-128, 128, (n, k)).astype(np.int8)
+    got = ring_matmul(torch.from_numpy(z).to(device), torch.from_numpy(w).to(device)).cpu().numpy()
+    expected = (z.astype(np.int64) @ w.astype(np.int64).T).astype(np.int32)
+    return bool(np.array_equal(got, expected))
+
+
+def main() -> int:
+    """Check the shapes of common models and awkward ones. Exit code 1 when any bit differs."""
+    parser = argparse.ArgumentParser(prog="python -m gpu_worker.kernels.cuda", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="what it does anyway; for a self-explaining command line")
+    parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "the CPU: there is no CUDA device here"
+    print(f"checking on {name}")
+    shapes = [(m, k, n) for m in (1, 4, 5, 64, 256) for k, n in ((896, 1152), (4864, 896), (63, 65), (1, 1), (7, 9))]
+    wrong = [shape for shape in shapes if not check_shape(*shape, device)]
+    for shape in wrong:
+        print(f"MISMATCH at (m, k, n) = {shape}")
+    print(f"ring product on {device}: {len(shapes) - len(wrong)} of {len(shapes)} shapes equal int64 bit for bit")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""A trusted worker without a model: it speaks the real protocol and answers from a script.
+
+It is eager: whatever it was granted it sends before it looks at the next frame. So a client that ends a turn early
+always has tokens to drain. It records every frame, and the most tokens that were ever outstanding.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from queue import Queue
+
+import grpc
+
+from wire.channel import server_options
+from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
+from wire.v1 import trusted_worker_pb2 as pb
+
+SESSION = b"0123456789abcdef"
+EOS = 2
+
+
+@dataclass
+class Script:
+    """What the worker does. `answers` holds one list of tokens per turn."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    provider: str = "none"
+    scheme: str | None = None  # None: echo what was asked
+    vocabulary: int = 300
+    max_frame_tokens: int = 4096
+    max_context: int = 1 << 20
+    miscount: int = 0  # added to context_tokens
+    overspend: bool = False  # one token more than granted
+    refuse_open: tuple[grpc.StatusCode, str] | None = None
+    fail_after: int | None = None  # tokens until DATA_LOSS
+
+
+class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
+    """The servicer, and the server around it."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.nonces: list[bytes] = []
+        self.opened: list[pb.OpenRequest] = []
+        self.frames: list[pb.DecodeRequest] = []
+        self.closed = threading.Event()
+        self.most_outstanding = 0
+        self.tokens = 0
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=server_options())
+        trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.target = f"127.0.0.1:{self.port}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(grace=None).wait(5)
+
+    def Attest(self, request: pb.AttestRequest, context: grpc.ServicerContext) -> pb.AttestResponse:
+        self.nonces.append(request.nonce)
+        return pb.AttestResponse(provider=self.script.provider)
+
+    def Open(self, request: pb.Sealed, context: grpc.ServicerContext) -> pb.Sealed:
+        if self.script.refuse_open:
+            context.abort(*self.script.refuse_open)
+        asked = pb.OpenRequest.FromString(request.body)
+        self.opened.append(asked)
+        reply = pb.OpenResponse(
+            session=SESSION,
+            model=asked.model,
+            scheme=self.script.scheme or asked.scheme,
+            precision=asked.precision,
+            max_context=self.script.max_context,
+            vocabulary=self.script.vocabulary,
+            max_frame_tokens=self.script.max_frame_tokens,
+        )
+        return pb.Sealed(body=reply.SerializeToString())
+
+    def Close(self, request: pb.Sealed, context: grpc.ServicerContext) -> pb.Sealed:
+        self.closed.set()
+        return pb.Sealed(body=pb.CloseResponse().SerializeToString())
+
+    def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:
+        return pb.StatsResponse(
+            scheme="secure-infer",
+            precision=gpu_worker_pb2.PRECISION_INT8,
+            exchanges=5 * self.tokens,
+            wire_bytes_up=100 * self.tokens,
+            wire_bytes_down=200 * self.tokens,
+            pads_issued=self.tokens,
+            pads_in_stock=40,
+            memory_budget=64 << 20,
+            memory_used=1 << 20,
+            memory_peak=2 << 20,
+        )
+
+    def Decode(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> Iterator[pb.Sealed]:
+        frames: Queue[pb.DecodeRequest | None] = Queue()
+        threading.Thread(target=self._receive, args=(request_iterator, frames), daemon=True).start()
+        for response in _Decoding(self, frames, context).run():
+            yield pb.Sealed(body=response.SerializeToString())
+
+    def _receive(self, requests: Iterator[pb.Sealed], frames: "Queue[pb.DecodeRequest | None]") -> None:
+        try:
+            for sealed in requests:
+                frame = pb.DecodeRequest.FromString(sealed.body)
+                self.frames.append(frame)
+                frames.put(frame)
+        except grpc.RpcError:
+            pass
+        frames.put(None)
+
+
+class _Decoding:
+    """One Decode call."""
+
+    def __init__(
+        self, worker: FakeWorker, frames: "Queue[pb.DecodeRequest | None]", context: grpc.ServicerContext
+    ) -> None:
+        self._worker, self._script = worker, worker.script
+        self._frames, self._grpc = frames, context
+        self._answer: Iterator[int] | None = None
+        self._credit = 0
+        self._context = 0
+
+    def run(self) -> Iterator[pb.DecodeResponse]:
+        while (frame := self._frames.get()) is not None:
+            self._take(frame)
+            if self._answer is None:
+                continue
+            if frame.end_turn:
+                yield self._final(pb.FINISH_REASON_ENDED)
+            yield from self._spend()
+
+    def _take(self, frame: pb.DecodeRequest) -> None:
+        if frame.token_ids:
+            self._context += len(frame.token_ids)
+            if self._answer is None:
+                self._answer = iter(self._script.answers.pop(0))
+        if self._context > self._script.max_context:
+            self._grpc.abort(grpc.StatusCode.OUT_OF_RANGE, "the context is full")
+        if self._answer is not None:
+            self._credit += frame.credit
+            self._worker.most_outstanding = max(self._worker.most_outstanding, self._credit)
+            self._credit += self._script.overspend
+
+    def _spend(self) -> Iterator[pb.DecodeResponse]:
+        while self._credit and self._answer is not None:
+            token = next(self._answer, None)
+            if token is None:
+                return
+            self._credit -= 1
+            self._context += 1
+            self._worker.tokens += 1
+            if self._worker.tokens == self._script.fail_after:
+                self._grpc.abort(grpc.StatusCode.DATA_LOSS, "whatever the peer says")
+            top = [pb.Logprob(token_id=token, logprob=-0.5)]
+            yield pb.DecodeResponse(token=pb.Token(token_id=token, logprob=-0.5, top=top))
+            if token == EOS:
+                yield self._final(pb.FINISH_REASON_EOS)
+
+    def _final(self, reason: pb.FinishReason.ValueType) -> pb.DecodeResponse:
+        self._answer, self._credit = None, 0
+        return pb.DecodeResponse(final=pb.Final(reason=reason, context_tokens=self._context + self._script.miscount))

@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from client.tokenizer import Tokenizer
+from tests.client.conftest import TEMPLATE
+from wire.errors import CheckpointError, InvalidArgumentError
+
+MESSAGES = [
+    {"role": "user", "content": "who are you?"},
+    {"role": "assistant", "content": "a <model> & more"},
+    {"role": "user", "content": "ok"},
+]
+LOOPS = "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m | tojson }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, LOOPS])
+def test_ids_equal_those_of_transformers(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    path = str(folder / "tokenizer.json")
+    reference: Any = PreTrainedTokenizerFast(tokenizer_file=path, eos_token="<|end|>")  # noqa: S106
+    expected = reference.apply_chat_template(
+        MESSAGES, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert Tokenizer(folder).chat(MESSAGES) == reference(expected, add_special_tokens=False)["input_ids"]
+
+
+def test_a_named_template_is_found(folder: Path) -> None:
+    entries = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
+    assert len(Tokenizer(folder).chat(MESSAGES)) == len("yes")
+
+
+def test_without_a_template_the_prompt_is_plain_text(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer(folder)
+    assert len(tokenizer.chat([{"role": "user", "content": "abc"}])) == 3
+
+
+def test_a_folder_without_tokenizer_names_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--token-ids"):
+        Tokenizer(tmp_path)
+
+
+def test_unreadable_files_are_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match="template"):
+        Tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer_config"):
+        Tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception(messages[0].content) }}", "{{ messages.append(1) }}"])
+def test_a_refusing_or_hostile_template_is_one_error_without_the_prompt(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InvalidArgumentError) as caught:
+        Tokenizer(folder).chat([{"role": "user", "content": "secret"}])
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,142 @@
+"""The decoder equals transformers in float32, agrees with itself in any chunking and batch, and stays near in int8."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gpu_worker.cache import CacheBudget, CacheStore
+from gpu_worker.decoder import Decoder
+from gpu_worker.worker import Model
+from wire.checkpoint import Checkpoint
+from wire.errors import CheckpointError
+from wire.linears import Linear, read_weight, spec
+from wire.quantize import quantize_rows
+from wire.v1 import gpu_worker_pb2 as pb
+
+NAMES = ["qwen-tied", "qwen-untied-bf16", "llama-untied", "llama-biased-bf16"]
+PROMPT = [3, 141, 59, 26, 5, 200, 260, 0, 17, 17, 99]
+
+
+class Run:
+    """Feeds rows of sequences to a decoder, chunk by chunk."""
+
+    def __init__(self, decoder: Decoder, sequences: int = 1) -> None:
+        self.decoder = decoder
+        self.store = CacheStore(CacheBudget())
+        for number in range(sequences):
+            self.store.reserve(number, decoder.config, 128, "cpu")
+
+    def step(self, chunks: dict[int, list[int]]) -> torch.Tensor:
+        """Token ids by sequence -> the logits of all rows."""
+        spans = self.store.find([(number, len(ids)) for number, ids in chunks.items()], self.decoder.config)
+        ids = torch.tensor([i for chunk in chunks.values() for i in chunk])
+        with torch.inference_mode():
+            return self.decoder.forward(spans, ids, list(range(len(ids))))
+
+
+def _decoder(folder: Path, precision: int = pb.PRECISION_FLOAT32) -> Decoder:
+    decoder = Model(folder, precision, "cpu", ring_only=False).decoder
+    assert decoder is not None
+    return decoder
+
+
+def _reference(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _assert_close(got: torch.Tensor, expected: torch.Tensor, bound: float = 1e-4) -> None:
+    assert float((got - expected).abs().max() / expected.abs().max()) < bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_equals_transformers(model_folders: dict[str, Path], name: str) -> None:
+    reference, run = _reference(model_folders[name]), Run(_decoder(model_folders[name]))
+    with torch.inference_mode():
+        _assert_close(run.step({0: PROMPT}), reference(torch.tensor([PROMPT])).logits[0])
+    greedy = reference.generate(torch.tensor([PROMPT]), max_new_tokens=64, do_sample=False, eos_token_id=-1)
+    run, ids = Run(_decoder(model_folders[name])), list(PROMPT)
+    logits = run.step({0: ids})
+    for _ in range(64):
+        ids.append(int(logits[-1].argmax()))
+        logits = run.step({0: ids[-1:]})
+    assert ids == greedy[0].tolist()
+
+
+@pytest.mark.parametrize("precision", [pb.PRECISION_FLOAT32, pb.PRECISION_INT8])
+def test_any_chunking_and_any_batch_agree(model_folders: dict[str, Path], precision: int) -> None:
+    decoder = _decoder(model_folders["qwen-untied-bf16"], precision)
+    whole = Run(decoder).step({0: PROMPT})
+    single = Run(decoder)
+    _assert_close(torch.cat([single.step({0: [i]}) for i in PROMPT]), whole)
+    chunked = Run(decoder)
+    _assert_close(torch.cat([chunked.step({0: PROMPT[a:b]}) for a, b in ((0, 4), (4, 5), (5, 11))]), whole)
+    batch = Run(decoder, sequences=3)
+    batch.step({2: PROMPT[:3], 0: [9, 8, 7]})
+    mixed = batch.step({1: PROMPT[:6], 2: PROMPT[3:7], 0: [5]})
+    _assert_close(mixed[:6], whole[:6])
+    _assert_close(mixed[6:10], whole[3:7])
+
+
+def test_a_failed_step_leaves_the_sequence_as_it_was(model_folders: dict[str, Path]) -> None:
+    decoder = _decoder(model_folders["llama-untied"])
+    run = Run(decoder)
+    run.step({0: PROMPT[:5]})
+    with pytest.raises(IndexError):
+        run.step({0: [9999, 1]})
+    _assert_close(run.step({0: PROMPT[5:]}), Run(decoder).step({0: PROMPT})[5:])
+
+
+@pytest.mark.parametrize("name", ["qwen-tied", "llama-biased-bf16"])
+def test_int8_is_near_float32(model_folders: dict[str, Path], name: str) -> None:
+    exact = Run(_decoder(model_folders[name])).step({0: PROMPT})
+    near = Run(_decoder(model_folders[name], pb.PRECISION_INT8)).step({0: PROMPT})
+    assert float(torch.cosine_similarity(exact, near, dim=1).min()) > 0.995
+
+
+@pytest.mark.parametrize("linear", list(Linear))
+def test_matmul_in_both_precisions(model_folders: dict[str, Path], linear: Linear) -> None:
+    folder = model_folders["llama-biased-bf16"]
+    exact = _decoder(folder)
+    checkpoint = Checkpoint(folder)
+    weight = read_weight(checkpoint, spec(exact.config, 0, linear))
+    checkpoint.close()
+    quantised, scale = quantize_rows(weight)
+    x = torch.randn(3, weight.shape[1])
+    _assert_close(exact.matmul(0, linear, x), x @ torch.from_numpy(weight).T)
+    dequantised = torch.from_numpy(quantised * scale[:, None])
+    _assert_close(_decoder(folder, pb.PRECISION_INT8).matmul(0, linear, x), x @ dequantised.T)
+
+
+def test_a_precision_holds_no_copy_of_the_other(model_folders: dict[str, Path]) -> None:
+    folder = model_folders["qwen-tied"]
+    assert Model(folder, pb.PRECISION_FLOAT32, "cpu", ring_only=False).ring is None
+    model = Model(folder, pb.PRECISION_INT8, "cpu", ring_only=False)
+    assert model.decoder is not None
+    head = model.decoder._weights[0, Linear.LM_HEAD]
+    assert model.decoder._embedding is head
+    ring_only = Model(folder, pb.PRECISION_INT8, "cpu", ring_only=True)
+    assert ring_only.decoder is None
+
+
+def test_ring_products_use_the_shared_quantisation(model_folders: dict[str, Path]) -> None:
+    model = Model(model_folders["llama-untied"], pb.PRECISION_INT8, "cpu", ring_only=True)
+    assert model.ring is not None
+    checkpoint = Checkpoint(model_folders["llama-untied"])
+    quantised, _ = quantize_rows(read_weight(checkpoint, spec(model.config, 2, Linear.GATE_UP)))
+    checkpoint.close()
+    z = np.random.default_rng(1).integers(-(1 << 31), 1 << 31, (5, 48)).astype(np.int32)
+    expected = (z.astype(np.int64) @ quantised.astype(np.int64).T).astype(np.int32)
+    np.testing.assert_array_equal(model.ring.product(2, Linear.GATE_UP, z), expected)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model_folders["llama-untied"] / name).read_bytes())
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(CheckpointError, match="missing"):
+        Model(tmp_path, pb.PRECISION_INT8, "cpu", ring_only=False)
