@@ -132,14 +132,18 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
                 self._detach(name, session, emit)
 
     def _detach(self, name: bytes, session: Session, emit: Callable[[Event], None]) -> None:
-        self._service.engine.submit(partial(session.detach, emit))
-        if not session.dead:
-            self._expire_later(name)
+        loop = asyncio.get_running_loop()
+
+        def leave() -> None:
+            if session.detach(emit):
+                loop.call_soon_threadsafe(self._expire_later, name)
+
+        self._service.engine.submit(leave)
 
     def _expire_later(self, name: bytes) -> None:
         """Free the session after a while, unless a client comes back for it."""
         self._keep(name)
-        expire = partial(self._service.engine.submit, partial(self._service.close, name))
+        expire = partial(self._service.engine.submit, partial(self._service.expire, name))
         self._expiry[name] = asyncio.get_running_loop().call_later(self._session_seconds, expire)
 
     def _keep(self, name: bytes) -> None:

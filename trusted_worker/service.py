@@ -79,6 +79,12 @@ class Service:
         if session is not None:
             self.engine.remove(session)
 
+    def expire(self, name: bytes) -> None:
+        """End a session that no client holds any more."""
+        session = self._sessions.get(name)
+        if session is not None and not session.attached:
+            self.close(name)
+
     def stats(self) -> pb.StatsResponse:
         """Counters since the start."""
         traffic = self.worker.traffic

@@ -36,11 +36,18 @@ class Session:
         """From now on events go to `emit`."""
         self._emit = emit
 
-    def detach(self, emit: Emit) -> None:
-        """The stream is gone: stop the turn. A later attach may go on."""
-        if self._emit is emit:
-            self._emit = None
-            self._in_turn, self._credit = False, 0
+    @property
+    def attached(self) -> bool:
+        """Whether a client's stream holds the session."""
+        return self._emit is not None
+
+    def detach(self, emit: Emit) -> bool:
+        """The stream is gone: stop the turn. A later attach may go on. False when another stream has taken over."""
+        if self._emit is not emit:
+            return False
+        self._emit = None
+        self._in_turn, self._credit = False, 0
+        return True
 
     def feed(self, ids: list[int], credit: int, end_turn: bool) -> None:
         """A client's frame. Raises InvalidArgumentError or ContextError; the session lives on unchanged then."""
