@@ -49,7 +49,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--ops", choices=("all", "ring"), default="all", help="ring: refuse everything but ring products"
     )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this process, the parent, ends")
     parser.add_argument("--insecure-plaintext", action="store_true", help="allow --listen beyond this machine")
     return parser.parse_args()
@@ -62,6 +62,9 @@ def _check(options: argparse.Namespace) -> dict[str, Path]:
             f"--listen {options.listen} is reachable from other machines and traffic is not encrypted: "
             "listen on 127.0.0.1 or a Unix socket, or say --insecure-plaintext"
         )
+    port = options.listen.rpartition(":")[2]
+    if not options.listen.startswith("unix:") and not (port.isdecimal() and int(port) < 1 << 16):
+        raise PreconditionError(f"--listen {options.listen}: the port must be a number below 65536")
     if options.threads < 1:
         raise PreconditionError("--threads must be at least 1")
     folders: dict[str, Path] = {}

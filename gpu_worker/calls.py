@@ -7,7 +7,6 @@
 (5) only then the codec allocates and copies.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -41,6 +40,27 @@ class Call:
     def float32(self) -> npt.NDArray[np.float32]:
         """The tensor of an operation that takes float32."""
         return cast(npt.NDArray[np.float32], self.tensor)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The tensor that an operation takes: `rows` None stands for any number, `columns` None for rank 1."""
+
+    dtype: int
+    rows: int | None
+    columns: int | None
+    answer_columns: int  # of the answer, which has as many rows; 0 where the answer was checked already
+
+    def check(self, header: tensor_pb2.TensorHeader) -> None:
+        """Raises InvalidArgumentError for any other tensor."""
+        shape = tuple(header.shape)
+        if header.dtype != self.dtype or len(shape) != (1 if self.columns is None else 2):
+            raise InvalidArgumentError("the operation takes a tensor of another dtype or rank")
+        if not 1 <= shape[0] <= MAX_ROWS:
+            raise InvalidArgumentError(f"a call has 1 to {MAX_ROWS} rows")
+        if self.rows not in (None, shape[0]) or (self.columns is not None and shape[1] != self.columns):
+            raise InvalidArgumentError("the operation takes a tensor of another shape")
+        _check_answer(shape[0], self.answer_columns)
 
 
 class CallReader:
@@ -78,7 +98,7 @@ class CallReader:
             if frame.HasField("header") or frame.data:
                 raise InvalidArgumentError("this operation takes no tensor")
             return Call(frame.id, frame.operation, model, None)
-        _check_header(frame.header, *expected)
+        expected.check(frame.header)
         self._open = (frame.operation, model, Assembler(frame.header))
         return None
 
@@ -98,19 +118,20 @@ class CallReader:
         return Call(frame.id, operation, model, assembler.array())
 
 
-def expected_tensor(operation: pb.Operation, config: ModelConfig) -> tuple[int, int | None, int | None] | None:
-    """(dtype, rows or None for any, columns or None for rank 1) of an operation's tensor; None when it takes none.
+def expected_tensor(operation: pb.Operation, config: ModelConfig) -> Expected | None:
+    """What tensor an operation takes; None when it takes none.
 
     Raises InvalidArgumentError for fields that are out of range.
     """
     match operation.WhichOneof("kind"):
         case "ring_matmul":
             of = _linear(config, operation.ring_matmul.layer, operation.ring_matmul.linear)
-            return tensor_pb2.DTYPE_INT32, None, of.k
+            return Expected(tensor_pb2.DTYPE_INT32, None, of.k, of.n)
         case "matmul":
-            return tensor_pb2.DTYPE_FLOAT32, None, _linear(config, operation.matmul.layer, operation.matmul.linear).k
+            of = _linear(config, operation.matmul.layer, operation.matmul.linear)
+            return Expected(tensor_pb2.DTYPE_FLOAT32, None, of.k, of.n)
         case "forward":
-            return tensor_pb2.DTYPE_INT32, _forward_rows(operation.forward, config), None
+            return Expected(tensor_pb2.DTYPE_INT32, _forward_rows(operation.forward, config), None, 0)
         case _:
             return None
 
@@ -135,16 +156,6 @@ def _forward_rows(op: pb.Forward, config: ModelConfig) -> int:
     return rows
 
 
-def _check_header(header: tensor_pb2.TensorHeader, dtype: int, rows: int | None, columns: int | None) -> None:
-    shape = tuple(header.shape)
-    if header.dtype != dtype or len(shape) != (1 if columns is None else 2):
-        raise InvalidArgumentError("the operation takes a tensor of another dtype or rank")
-    if not 1 <= shape[0] <= MAX_ROWS:
-        raise InvalidArgumentError(f"a call has 1 to {MAX_ROWS} rows")
-    if (rows is not None and shape[0] != rows) or (columns is not None and shape[1] != columns):
-        raise InvalidArgumentError("the operation takes a tensor of another shape")
-
-
-def _check_answer(*shape: int) -> None:
-    if 4 * math.prod(shape) > MAX_TENSOR_BYTES:
+def _check_answer(rows: int, columns: int) -> None:
+    if 4 * rows * columns > MAX_TENSOR_BYTES:
         raise InvalidArgumentError("the answer would be larger than a tensor may be: ask for fewer rows")

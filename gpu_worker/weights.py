@@ -10,11 +10,11 @@ import torch
 
 from gpu_worker.kernels import cpu
 from wire.checkpoint import Checkpoint
-from wire.linears import EMBEDDING, Linear, LinearSpec, Part, read_tiles, read_weight
+from wire.linears import EMBEDDING, Linear, LinearSpec, Part, read_tiles
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 
-TILE_BYTES = 8 << 20  # float32 weights that are in memory while they are quantised
+TILE_BYTES = 8 << 20  # of float32 in memory while a matrix is read
 
 
 class Weights(Protocol):
@@ -71,14 +71,21 @@ def embedding_spec(config: ModelConfig) -> LinearSpec:
 
 def read_float32(checkpoint: Checkpoint, of: LinearSpec, device: str) -> Float32Weights:
     """Raises CheckpointError when the checkpoint does not hold what `of` names."""
-    return Float32Weights(torch.from_numpy(read_weight(checkpoint, of)).to(device))
+    weight = np.empty((of.n, of.k), np.float32)
+    for first, tile in read_tiles(checkpoint, of, _tile_rows(of)):
+        weight[first : first + len(tile)] = tile
+    return Float32Weights(torch.from_numpy(weight).to(device))
 
 
 def read_int8(checkpoint: Checkpoint, of: LinearSpec, device: str) -> Int8Weights:
     """The same, quantised tile by tile with the rule that both workers share."""
     quantised = np.empty((of.n, of.k), np.int8)
     scale = np.empty(of.n, np.float32)
-    for first, tile in read_tiles(checkpoint, of, max(1, TILE_BYTES // (4 * of.k))):
+    for first, tile in read_tiles(checkpoint, of, _tile_rows(of)):
         rows = slice(first, first + len(tile))
         quantised[rows], scale[rows] = quantize_rows(tile)
     return Int8Weights(torch.from_numpy(quantised).to(device), torch.from_numpy(scale).to(device))
+
+
+def _tile_rows(of: LinearSpec) -> int:
+    return max(1, TILE_BYTES // (4 * of.k))

@@ -20,7 +20,7 @@ from gpu_worker.kernels import cpu
 from gpu_worker.ring import Ring
 from gpu_worker.weights import Int8Weights, Weights, embedding_spec, read_float32, read_int8
 from wire.checkpoint import Checkpoint
-from wire.errors import InvalidArgumentError, PreconditionError
+from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
 from wire.linears import Linear, all_specs
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as pb
@@ -83,7 +83,8 @@ class Worker:
         self._cache_budget = CacheBudget()
 
     def load(self, name: str, precision: int) -> None:
-        """Raises PreconditionError for an unknown name, CheckpointError for a folder that cannot be read.
+        """Raises PreconditionError for an unknown name, CheckpointError for a folder that cannot be read,
+        DeniedError for float32 where only ring products are served.
 
         What is loaded already stays; anything else is let go before the new weights are read.
         """
@@ -91,6 +92,8 @@ class Worker:
             raise InvalidArgumentError("precision must be float32 or int8")
         if name not in self._folders:
             raise PreconditionError(f"this worker has no such model; it has {', '.join(self._folders)}")
+        if self._ring_only and precision != pb.PRECISION_INT8:
+            raise DeniedError("this worker serves ring products only: load the model as int8")
         if self.model is not None and (self.model.config.name, self.model.precision) == (name, precision):
             return
         self.model = None

@@ -5,6 +5,7 @@ from typing import cast
 
 from trusted_worker.config import Settings
 from trusted_worker.engine import Engine
+from trusted_worker.kv_cache import Cache
 from trusted_worker.model import scratch_bytes
 from trusted_worker.offload import GpuWorker
 from trusted_worker.pads import Bank, PadSource
@@ -25,6 +26,8 @@ from wire.v1 import trusted_worker_pb2 as pb
 
 MAX_ROWS = 64  # rows of one step, when the budget allows
 MAX_FRAME_TOKENS = 4096
+DEFAULT_CONTEXT = 2048  # tokens of a session whose client names no number; less when they do not fit
+SMALL_CONTEXT = 256
 SESSION_BYTES = 16
 _PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
 
@@ -50,9 +53,9 @@ class Service:
         most = min(self.config.max_context, self._settings.max_context or self.config.max_context)
         if request.max_context > most:
             raise ContextError(f"a context of {request.max_context} tokens was asked; the most is {most}")
-        tokens = request.max_context or most
         sampler = Sampler(request.sampling)
-        session = Session(self.config, self._scheme.open(tokens), sampler)
+        cache = self._scheme.open(request.max_context) if request.max_context else _open(self._scheme, most)
+        session = Session(self.config, cache, sampler)
         self.engine.add(session)
         name = secrets.token_bytes(SESSION_BYTES)
         self._sessions = {key: one for key, one in self._sessions.items() if not one.dead} | {name: session}
@@ -61,7 +64,7 @@ class Service:
             model=self.config.name,
             scheme=self._settings.scheme,
             precision=self._precision,
-            max_context=tokens,
+            max_context=cache.capacity,
             vocabulary=self.config.vocabulary,
             max_frame_tokens=MAX_FRAME_TOKENS,
         )
@@ -112,7 +115,10 @@ class Service:
             raise PreconditionError(f"this worker serves {settings.scheme} at {settings.precision}")
 
     def _load(self) -> Scheme:
-        scheme = self._build()
+        try:
+            scheme = self._build()
+        except ExhaustedError as error:
+            raise ExhaustedError(f"{error}; start the trusted worker with a larger --memory-budget") from error
         if self._settings.scheme != "tee-only":
             self.worker.connect()
         self._scheme = scheme
@@ -136,6 +142,18 @@ class Service:
         source = PadSource(boot_key, checkpoint.digest())
         bank = Bank(boot_key, weights.specs, settings.pad_bank, settings.spill_dir)
         return SecureInfer(weights, memory, scratch, self.worker, source, bank, cast(Prefill, settings.prefill))
+
+
+def _open(scheme: Scheme, most: int) -> Cache:
+    """A cache of a size that the client left to us. Raises ExhaustedError when not even a small one fits."""
+    tokens = min(most, DEFAULT_CONTEXT)
+    while True:
+        try:
+            return scheme.open(tokens)
+        except ExhaustedError:
+            if tokens <= SMALL_CONTEXT:
+                raise
+            tokens //= 2
 
 
 def _rows(weights: Weights, memory: SecureMemory) -> int:

@@ -1,11 +1,14 @@
 """Tiny random model folders in Hugging Face layout, and a worker served in-process on a Unix socket."""
 
+import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import numba
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -46,6 +49,27 @@ def _save(model: Any, folder: Path, dtype: torch.dtype) -> None:
     model.to(dtype).save_pretrained(folder)
 
 
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Tests of this folder may be coroutines."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), 60))
+    return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """For the tests that calculate in the main thread."""
+    one_thread_here()
+
+
+def one_thread_here() -> None:
+    """Tiny products gain nothing from a second core and lose much to its waking up. Counts are kept per thread."""
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders by name: GQA in all, with and without biases, tied and untied, float32 and bfloat16."""
@@ -64,11 +88,15 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def serve(model_folders: dict[str, Path], tmp_path: Path) -> Serve:
-    """An async context manager `serve(ring_only=False)` -> stub of a worker that runs in this process; its `raw_execute` sends bytes."""
+    """`async with serve(ring_only=False) as stub`: a worker in this process. `stub.raw_execute` sends bare bytes."""
 
     @asynccontextmanager
     async def start(ring_only: bool = False) -> AsyncIterator[Any]:
-        compute = Compute(lambda: Worker(model_folders, "cpu", ring_only))
+        def make_worker() -> Worker:
+            one_thread_here()
+            return Worker(model_folders, "cpu", ring_only)
+
+        compute = Compute(make_worker)
         server = make_server(Servicer(compute, list(model_folders), ring_only))
         address = f"unix:{tmp_path}/worker"
         server.add_insecure_port(address)

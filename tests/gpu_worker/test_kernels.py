@@ -1,5 +1,7 @@
 """The ring product has the bits that int64 gives, on the CPU kernel and through the digits of the CUDA path."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -99,3 +101,13 @@ def test_self_check_notices_a_wrong_bit(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(cuda, "combine", lambda parts: right(parts) ^ 1)
     assert cuda.main() == 1
     assert "MISMATCH" in capsys.readouterr().out
+
+
+def test_without_a_place_for_compiled_code_nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(cache: bool = False, **_: bool) -> Callable[[object], object]:
+        if cache:
+            raise RuntimeError("no locator available")
+        return lambda function: ("compiled", function)
+
+    monkeypatch.setattr(cpu, "njit", njit)
+    assert cpu._kernel()(abs) == ("compiled", abs)

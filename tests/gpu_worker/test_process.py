@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_listens_answers_and_ends_on_sigterm(model_folders: dict[str, Path], tmp
         (["--model", "{model}", "--model", "{model}"], "two model folders"),
         (["--model", "{model}", "--threads", "0"], "--threads"),
         (["--model", "{model}", "--parent", "1"], "parent"),
-        (["--model", "{model}", "--listen", "127.0.0.1:99999"], "cannot listen"),
+        (["--model", "{model}", "--listen", "127.0.0.1:99999"], "port"),
     ],
 )
 def test_options_that_cannot_work(model_folders: dict[str, Path], options: list[str], complaint: str) -> None:
@@ -56,3 +57,12 @@ def test_options_that_cannot_work(model_folders: dict[str, Path], options: list[
     assert (done.returncode, done.stdout) == (2, "")
     assert complaint in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_address_in_use_is_said(model_folders: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = _command("--model", str(model_folders["qwen-tied"]), "--listen", listen)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot listen" in done.stderr.splitlines()[-1]

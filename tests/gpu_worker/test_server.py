@@ -1,7 +1,7 @@
 """Execute over real gRPC: right answers, malformed frames, policy, and caches that end with their stream."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from gpu_worker.cache import CacheBudget
 from wire.codec import FRAME_BYTES, MAX_ROWS, Array, Assembler, header_of, split
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import tensor_pb2
@@ -60,86 +61,72 @@ async def _status(stub: Any, requests: Requests) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
-def _run(coroutine: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(coroutine, 60))
-
-
-async def _load(stub: Any, precision: int = pb.PRECISION_INT8, model: str = MODEL) -> None:
+async def _load(stub: Any, precision: pb.Precision.ValueType = pb.PRECISION_INT8, model: str = MODEL) -> None:
     await stub.Load(pb.LoadRequest(model=model, precision=precision))
 
 
-def test_describe_and_load(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            described = await stub.Describe(pb.DescribeRequest())
-            assert (described.device, described.ring_only, described.max_rows) == ("cpu", False, MAX_ROWS)
-            assert MODEL in described.models
-            code, text = await _status(stub, _frames(1, RING_QKV, Z))
-            assert (code, "Load" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await _load(stub, model="another")
-            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await _load(stub, precision=pb.PRECISION_UNSPECIFIED)
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            await _load(stub)
-            await _load(stub)
-
-    _run(scenario())
+async def test_describe_and_load(serve: Serve) -> None:
+    async with serve() as stub:
+        described = await stub.Describe(pb.DescribeRequest())
+        assert (described.device, described.ring_only, described.max_rows) == ("cpu", False, MAX_ROWS)
+        assert MODEL in described.models
+        code, text = await _status(stub, _frames(1, RING_QKV, Z))
+        assert (code, "Load" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _load(stub, model="another")
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _load(stub, precision=pb.PRECISION_UNSPECIFIED)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await _load(stub)
+        await _load(stub)
 
 
-def test_pipelined_calls_are_answered_in_order(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub)
-            requests = [frame for i in (3, 5, 9, 10) for frame in _frames(i, RING_QKV, Z * i)]
-            results = await _execute(stub, requests)
-            assert list(results) == [3, 5, 9, 10]
-            one, ten = results[3], results[10]
-            assert one is not None
-            assert ten is not None
-            np.testing.assert_array_equal(ten * 3, one * 10)
-
-    _run(scenario())
+async def test_pipelined_calls_are_answered_in_order(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub)
+        requests = [frame for i in (3, 5, 9, 10) for frame in _frames(i, RING_QKV, Z * i)]
+        results = await _execute(stub, requests)
+        assert list(results) == [3, 5, 9, 10]
+        one, ten = results[3], results[10]
+        assert one is not None
+        assert ten is not None
+        np.testing.assert_array_equal(ten * 3, one * 10)
 
 
-def test_a_call_may_take_several_frames_each_way(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub)
-            z = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, (MAX_ROWS, 48)).astype(np.int32)
-            head, *_ = _frames(1, pb.Operation(ring_matmul=pb.RingMatmul(linear=pb.LINEAR_LM_HEAD)), z)
-            pieces = [head.data[i : i + 10_000] for i in range(0, len(head.data), 10_000)]
-            head.data = pieces[0]
-            requests = [head, *[pb.ExecuteRequest(id=1, data=piece) for piece in pieces[1:]]]
-            result = (await _execute(stub, requests))[1]
-            assert result is not None
-            assert result.shape == (MAX_ROWS, 261)
+async def test_a_call_may_take_several_frames_each_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wire.codec.FRAME_BYTES", 10_000)
+    head = pb.Operation(ring_matmul=pb.RingMatmul(linear=pb.LINEAR_LM_HEAD))
+    z = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, (MAX_ROWS, 48)).astype(np.int32)
+    async with serve() as stub:
+        await _load(stub)
+        assert len(_frames(1, head, z)) > 1
+        whole = (await _execute(stub, _frames(1, head, z)))[1]
+        last = (await _execute(stub, _frames(1, head, z[-1:])))[1]
+    assert whole is not None
+    assert last is not None
+    assert whole.nbytes > 10_000
+    np.testing.assert_array_equal(whole[-1:], last)
 
-    _run(scenario())
 
-
-def test_forward_over_the_wire(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub, pb.PRECISION_FLOAT32)
-            requests = [
-                *_frames(1, RESERVE),
-                *_frames(2, *_forward([1, 2, 3, 4], [(4, 4)], [3])),
-                *_frames(3, pb.Operation(cache=pb.Cache(sequence=4))),
-                *_frames(4, RESERVE),
-                *_frames(5, *_forward([1, 2], [(4, 2)], [])),
-                *_frames(6, *_forward([3, 4], [(4, 2)], [0, 1])),
-            ]
-            results = await _execute(stub, requests)
-            assert results[1] is None
-            assert results[5] is not None
-            assert results[5].shape == (0, 261)
-            assert results[2] is not None
-            assert results[6] is not None
-            np.testing.assert_allclose(results[6][1], results[2][0], rtol=1e-4, atol=1e-4)
-
-    _run(scenario())
+async def test_forward_over_the_wire(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub, pb.PRECISION_FLOAT32)
+        requests = [
+            *_frames(1, RESERVE),
+            *_frames(2, *_forward([1, 2, 3, 4], [(4, 4)], [3])),
+            *_frames(3, pb.Operation(cache=pb.Cache(sequence=4))),
+            *_frames(4, RESERVE),
+            *_frames(5, *_forward([1, 2], [(4, 2)], [])),
+            *_frames(6, *_forward([3, 4], [(4, 2)], [0, 1])),
+        ]
+        results = await _execute(stub, requests)
+        assert results[1] is None
+        assert results[5] is not None
+        assert results[5].shape == (0, 261)
+        assert results[2] is not None
+        assert results[6] is not None
+        np.testing.assert_allclose(results[6][1], results[2][0], rtol=1e-4, atol=1e-4)
 
 
 def _with(frame: pb.ExecuteRequest, **fields: Any) -> Requests:
@@ -200,97 +187,99 @@ MALFORMED: dict[str, Requests] = {
 }
 
 
-def test_malformed_frames_are_refused_and_the_worker_lives_on(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub)
-            for name, requests in MALFORMED.items():
-                code, text = await _status(stub, requests)
-                assert code is grpc.StatusCode.INVALID_ARGUMENT, (name, code, text)
-                assert len(await _execute(stub, [GOOD])) == 1, name
-
-    _run(scenario())
+async def test_malformed_frames_are_refused_and_the_worker_lives_on(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub)
+        for name, requests in MALFORMED.items():
+            code, text = await _status(stub, requests)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT, (name, code, text)
+            assert len(await _execute(stub, [GOOD])) == 1, name
 
 
-def test_bytes_that_are_no_message_are_refused(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub)
-            raw = stub.raw_execute
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                async for _ in raw(iter([b"\xff\xff\xff"])):
-                    pass
-            assert caught.value.code() is grpc.StatusCode.INTERNAL
-            assert len(await _execute(stub, [GOOD])) == 1
-
-    _run(scenario())
+async def test_bytes_that_are_no_message_are_refused(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub)
+        raw = stub.raw_execute
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in raw(iter([b"\xff\xff\xff"])):
+                pass
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert len(await _execute(stub, [GOOD])) == 1
 
 
-def test_more_than_the_context_is_out_of_range(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
+async def test_more_than_the_context_is_out_of_range(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub, pb.PRECISION_FLOAT32)
+        too_long = [*_frames(1, RESERVE), *_frames(2, *_forward([1] * 21, [(4, 21)], []))]
+        assert (await _status(stub, too_long))[0] is grpc.StatusCode.OUT_OF_RANGE
+        too_large = _frames(1, pb.Operation(cache=pb.Cache(sequence=1, reserve_tokens=129)))
+        assert (await _status(stub, too_large))[0] is grpc.StatusCode.OUT_OF_RANGE
+
+
+async def test_ring_products_need_int8(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub, pb.PRECISION_FLOAT32)
+        assert (await _status(stub, [GOOD]))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        assert len(await _execute(stub, _frames(1, MATMUL_O, Z.astype(np.float32)))) == 1
+        await _load(stub, pb.PRECISION_INT8)
+        assert len(await _execute(stub, [GOOD])) == 1
+
+
+async def test_ring_only_refuses_everything_else(serve: Serve) -> None:
+    async with serve(ring_only=True) as stub:
+        await _load(stub)
+        assert (await stub.Describe(pb.DescribeRequest())).ring_only
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
             await _load(stub, pb.PRECISION_FLOAT32)
-            too_long = [*_frames(1, RESERVE), *_frames(2, *_forward([1] * 21, [(4, 21)], []))]
-            assert (await _status(stub, too_long))[0] is grpc.StatusCode.OUT_OF_RANGE
-            too_large = _frames(1, pb.Operation(cache=pb.Cache(sequence=1, reserve_tokens=129)))
-            assert (await _status(stub, too_large))[0] is grpc.StatusCode.OUT_OF_RANGE
-
-    _run(scenario())
-
-
-def test_ring_products_need_int8(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub, pb.PRECISION_FLOAT32)
-            assert (await _status(stub, [GOOD]))[0] is grpc.StatusCode.FAILED_PRECONDITION
-            assert len(await _execute(stub, _frames(1, MATMUL_O, Z.astype(np.float32)))) == 1
-            await _load(stub, pb.PRECISION_INT8)
-            assert len(await _execute(stub, [GOOD])) == 1
-
-    _run(scenario())
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        for requests in (
+            _frames(1, MATMUL_O, Z.astype(np.float32)),
+            _frames(1, RESERVE),
+            _frames(1, *_forward([1], [(4, 1)], [0])),
+        ):
+            assert (await _status(stub, requests))[0] is grpc.StatusCode.PERMISSION_DENIED
+        assert len(await _execute(stub, [GOOD])) == 1
 
 
-def test_ring_only_refuses_everything_else(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve(ring_only=True) as stub:
-            await _load(stub)
-            assert (await stub.Describe(pb.DescribeRequest())).ring_only
-            for requests in (
-                _frames(1, MATMUL_O, Z.astype(np.float32)),
-                _frames(1, RESERVE),
-                _frames(1, *_forward([1], [(4, 1)], [0])),
-            ):
-                assert (await _status(stub, requests))[0] is grpc.StatusCode.PERMISSION_DENIED
-            assert len(await _execute(stub, [GOOD])) == 1
-
-    _run(scenario())
+async def test_sequences_belong_to_their_stream(serve: Serve) -> None:
+    async with serve() as stub:
+        await _load(stub, pb.PRECISION_FLOAT32)
+        await _execute(stub, _frames(1, RESERVE))
+        code, _ = await _status(stub, _frames(1, *_forward([1], [(4, 1)], [0])))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_sequences_belong_to_their_stream(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub, pb.PRECISION_FLOAT32)
-            await _execute(stub, _frames(1, RESERVE))
-            code, _ = await _status(stub, _frames(1, *_forward([1], [(4, 1)], [0])))
-            assert code is grpc.StatusCode.INVALID_ARGUMENT
+async def test_a_vanished_peer_gives_its_caches_back(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_sequence = 20 * 2 * 4 * 3 * 16
+    monkeypatch.setattr("gpu_worker.worker.CacheBudget", lambda: CacheBudget(one_sequence))
 
-    _run(scenario())
+    async with serve() as stub:
+        await _load(stub)
+        stream = stub.Execute()
+        await stream.write(_frames(1, RESERVE)[0])
+        await stream.read()
+        code, text = await _status(stub, _frames(1, RESERVE))
+        assert (code, "would fit" in text) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+        stream.cancel()
+        while True:
+            try:
+                assert await _execute(stub, _frames(1, RESERVE)) == {1: None}
+                return
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.05)
 
 
-def test_an_unforeseen_error_tells_the_peer_nothing(
+async def test_an_unforeseen_error_tells_the_peer_nothing(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("secret 4711")
+        raise RuntimeError(f"secret {4700 + 11}")
 
     monkeypatch.setattr("gpu_worker.ring.Ring.product", broken)
 
-    async def scenario() -> None:
-        async with serve() as stub:
-            await _load(stub)
-            code, text = await _status(stub, [GOOD])
-            assert (code, "4711" in text) == (grpc.StatusCode.INTERNAL, False)
-
-    _run(scenario())
+    async with serve() as stub:
+        await _load(stub)
+        code, text = await _status(stub, [GOOD])
+        assert (code, "4711" in text) == (grpc.StatusCode.INTERNAL, False)
     assert "RuntimeError" in caplog.text
     assert "4711" not in caplog.text

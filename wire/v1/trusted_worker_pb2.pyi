@@ -151,7 +151,7 @@ class OpenRequest(google.protobuf.message.Message):
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     max_context: builtins.int
-    """tokens; 0: the most that the worker offers"""
+    """tokens; 0: the worker chooses what fits"""
     @property
     def sampling(self) -> global___Sampling: ...
     def __init__(
