@@ -30,7 +30,7 @@ test: install
 	$(BIN)/pytest $(ARGS)
 
 soak: install
-	$(BIN)/pytest --run-soak $(ARGS)
+	$(BIN)/pytest -m soak $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

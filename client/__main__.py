@@ -4,6 +4,7 @@ Commands are imported when they run: `cleave doctor` must work where half of the
 """
 
 import argparse
+import os
 import signal
 import sys
 from types import FrameType
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output is gone: the interpreter must not complain about it either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains as well
         return 1
 
 

@@ -88,7 +88,7 @@ class Chat:
     def _banner(self) -> str:
         request, peer = self._conversation.request, self._conversation.worker.peer
         return (
-            f"Cleave: you are talking to {request.model}, privately split between two workers.\n"
+            f"Cleave: you are talking to {request.model}.\n"
             f"{request.scheme} {request.precision}; {report.attestation(peer)}\n"
             f"{_SCHEMES[request.scheme]}\n"
             "/help lists the commands. Ctrl-C stops an answer, twice leaves."

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; leaves with status 2 when it makes no sense."""
-    parser = Parser(prog="cleave", description="Private LLM inference, split between two workers.")
+    parser = Parser(allow_abbrev=False, prog="cleave", description="Private LLM inference, split between two workers.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     chat = commands.add_parser("chat", help="talk to a model, or ask it once with --prompt")
     _add_chat(chat)
@@ -67,7 +67,11 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def _add_one_shot(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("one shot").add_argument
-    add("--prompt", metavar="TEXT", help="answer this and leave")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="answer this and leave",
+    )
     add("--token-ids", type=_token_ids, metavar="1,2,3", help="a prompt that needs no tokenizer")
     add(
         "--json",

@@ -56,7 +56,7 @@ def status_line(answer: Answer, request: Request, peer: VerifiedPeer) -> str:
         attestation(peer),
         f"{rate:.1f} tokens/s" if rate else f"{len(answer.tokens)} tokens",
         f"{size(answer.bytes_exchanged)} exchanged with the GPU",
-        f"{counters.pads_in_stock} pads in stock",
+        *([f"{counters.pads_in_stock} pads in stock"] if counters.pads_capacity else []),
         f"secure memory {size(counters.memory_used)} of {size(counters.memory_budget)}",
     ]
     if answer.finish_reason not in ("eos", "stop"):

@@ -60,6 +60,7 @@ class Progress:
         if self._stage and self._to.isatty():
             self._to.write("\r\x1b[2K")
             self._to.flush()
+        self._stage = ""
 
 
 def quiet(stage: str, seconds: float) -> None:

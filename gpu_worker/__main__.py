@@ -42,7 +42,9 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cleave-gpu-worker", description="The untrusted worker: runs big products.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="cleave-gpu-worker", description="The untrusted worker: runs big products."
+    )
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="ADDR", help="HOST:PORT (port 0: any) or unix:PATH")
     parser.add_argument("--model", required=True, action="append", type=Path, metavar="DIR", help="may be repeated")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

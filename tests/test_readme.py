@@ -21,7 +21,7 @@ FOLDERS = ("proto", "wire", "trusted_worker", "gpu_worker", "client", "deploy", 
 _FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
-_TREE_LINE = re.compile(r"^(?P<indent> *)(?P<names>\S+(?:, \S+)*) {2,}(?P<text>\S.*)$")
+_TREE_LINE = re.compile(r"^(?P<indent> *)(?P<names>\S+(?:, \S+)*)(?: {2,}\S.*|(?<=/))$")  # folders may do without text
 
 
 @dataclass
@@ -49,7 +49,7 @@ def _tree() -> Tree:
         match = _TREE_LINE.match(line)
         assert match, f"not `name  description`: {line!r}"
         depth = len(match["indent"]) // 2
-        assert len(match["indent"]) % 2 == 0 and depth < len(above), f"indentation: {line!r}"
+        assert depth < len(above), f"indentation: {line!r}"
         del above[depth + 1 :]
         for name in match["names"].split(", "):
             path = f"{above[depth]}{name}"

@@ -23,6 +23,7 @@ I32 = npt.NDArray[np.int32]
 U32 = npt.NDArray[np.uint32]
 
 X_LIMIT = 1 << 24  # |x_q| stays below: exact in float32
+EXACT_DEPTH = 1 << 15  # 2^31 * 127 * 2^15 < 2^53
 Y_LIMIT = 1 << 30  # |y_q| stays below: the ring never wraps
 _MARGIN = 1.0 - 1e-6  # float32 rounding of x/s_x, before the integers are checked
 
@@ -139,13 +140,16 @@ def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, scratch: 
 
 
 def exact_product(x: F64, tiles: Iterable[tuple[int, I8]], out: I32) -> None:
-    """x . W_q^T modulo 2^32 for integers in float64[m, k]: BLAS, exact while every partial sum is below 2^53.
+    """x . W_q^T modulo 2^32 for integers in float64[m, k], |x| <= 2^31: BLAS, exact as partial sums stay below 2^53.
 
-    That holds for |x| <= 2^31 and k <= 33,000. Weights come as (first row, int8[rows, k]) tiles.
+    Weights come as (first row, int8[rows, k]) tiles. Inputs beyond EXACT_DEPTH are summed in parts.
     """
     for first, tile in tiles:
-        product = x @ tile.astype(np.float64).T
-        out[:, first : first + len(tile)] = wrap(product)
+        part = out[:, first : first + len(tile)]
+        part[...] = 0
+        for start in range(0, x.shape[1], EXACT_DEPTH):
+            columns = slice(start, start + EXACT_DEPTH)
+            part += wrap(x[:, columns] @ tile[:, columns].astype(np.float64).T)
 
 
 def wrap(exact: F64) -> I32:

@@ -41,10 +41,27 @@ def size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def count(text: str) -> int:
+    """A number that is not negative. Raises argparse.ArgumentTypeError."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A positive, finite time. Raises ValueError or argparse.ArgumentTypeError."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
+    return value
+
+
 def parse(arguments: list[str] | None = None) -> Settings:
     """Settings from a command line; exits with 2 and one line on what is wrong."""
     parser = argparse.ArgumentParser(
-        prog="cleave-trusted-worker", description="The trusted half of a cleaved model: run it inside a TEE."
+        allow_abbrev=False,
+        prog="cleave-trusted-worker",
+        description="The trusted half of a cleaved model: run it inside a TEE.",
     )
     _add_model_flags(parser)
     _add_memory_flags(parser)
@@ -63,8 +80,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--scheme", choices=SCHEMES, default="secure-infer")
     add("--precision", choices=PRECISIONS, default="int8")
     add("--prefill", choices=PREFILL, default="auto", help="where prompt rows of secure-infer are multiplied")
-    add("--max-context", type=int, default=0, help="most tokens of one session (default: the model's)")
-    add("--threads", type=int, default=0, help="BLAS threads (default: all cores for tee-only, else 1)")
+    add("--max-context", type=count, default=0, help="most tokens of one session (default: the model's)")
+    add("--threads", type=count, default=0, help="BLAS threads (default: all cores for tee-only, else 1)")
 
 
 def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +95,7 @@ def _add_service_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:PATH for clients")
     add("--gpu-worker", default="", help="HOST:PORT or unix:PATH of the GPU worker")
-    add("--step-seconds", type=float, default=60.0, help="deadline of one exchange with the GPU worker")
-    add("--session-seconds", type=float, default=300.0, help="how long a session outlives its client")
+    add("--step-seconds", type=seconds, default=60.0, help="deadline of one exchange with the GPU worker")
+    add("--session-seconds", type=seconds, default=300.0, help="how long a session outlives its client")
     add("--insecure-plaintext", action="store_true", help="allow addresses that other machines can reach")
     add("--parent", type=int, default=None, help="end when this process ends")

@@ -5,6 +5,7 @@ a function and get a future. A step takes every session that can go on: first th
 prefill chunks, in the order of a rotating list, up to the rows that one step holds.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -43,7 +44,8 @@ class Engine(threading.Thread):
         self._load, self._max_rows = load, max_rows
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sessions: deque[Session] = deque()
-        self._stopping = False
+        self._stopping = self._ended = False
+        self._tainted = False  # a result was rejected, and what the worker may know is not renewed yet
         self.scheme: Runner | None = None
         self.loaded: Future[None] = Future()
         self.steps_rows = 0
@@ -61,11 +63,15 @@ class Engine(threading.Thread):
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self._ended:
+                    raise UnavailableError("the trusted worker is stopping")
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
 
         self._commands.put(command)
+        if self._ended:  # nobody drains the queue any more
+            self._drain()
         return future
 
     def limit_rows(self, rows: int) -> None:
@@ -91,6 +97,7 @@ class Engine(threading.Thread):
 
     def run(self) -> None:
         """The loop."""
+        self.loaded.set_running_or_notify_cancel()
         try:
             self.scheme = self._load()
             self.loaded.set_result(None)
@@ -99,14 +106,19 @@ class Engine(threading.Thread):
             return
         while not self._stopping:
             self._drain()
+            if self._tainted:
+                self._renew(self.scheme)
             if not self._step(self.scheme):
                 self._idle(self.scheme)
         for session in self._sessions:
             session.fail(UnavailableError("the trusted worker is stopping"))
+        self._ended = True
+        self._drain()
 
     def _drain(self) -> None:
-        while not self._commands.empty():
-            self._commands.get()()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
 
     def _idle(self, scheme: Runner) -> None:
         """Wait a moment for work; then do idle work, a tile at a time, or wait for good."""
@@ -126,7 +138,7 @@ class Engine(threading.Thread):
         if not members:
             return False
         sessions = [session for session, _ in members]
-        logits = self._guard(lambda: scheme.forward(batch), sessions)
+        logits = self._guard(lambda: self._forward(scheme, batch), sessions)
         self.steps_rows += len(batch.ids)
         if logits is not None:
             wanting = [session for session, wants in members if wants]
@@ -134,6 +146,11 @@ class Engine(threading.Thread):
                 self._guard(lambda session=session, row=row: session.accept(row), [session])  # type: ignore[misc]
         self._reap()
         return True
+
+    def _forward(self, scheme: Runner, batch: Batch) -> F32:
+        if self._tainted:
+            raise UnavailableError("the GPU worker is in quarantine")
+        return scheme.forward(batch)
 
     def _batch(self) -> tuple[Batch, list[tuple[Session, bool]]]:
         """Rows for one step: single rows first, so that they get pads first."""
@@ -165,9 +182,16 @@ class Engine(threading.Thread):
             failure = PreconditionError("internal error; the session is closed")
         for session in sessions:
             session.fail(failure)
-        if isinstance(failure, VerificationError) and self.scheme is not None:
-            self._guard(self.scheme.distrust, [])
+        self._tainted |= isinstance(failure, VerificationError)
         return None
+
+    def _renew(self, scheme: Runner) -> None:
+        """After a rejected result, before any other step. Until it succeeds no step is made."""
+        try:
+            scheme.distrust()
+            self._tainted = False
+        except Exception as error:
+            log.error("what the worker may know could not be renewed: %s", type(error).__name__)
 
     def _reap(self) -> None:
         self._sessions = deque(session for session in self._sessions if not session.dead)

@@ -63,12 +63,17 @@ class Decoder:
             for layer in range(config.layers):
                 self._attention(layer, hidden, batch, rows, product)
                 self._feed_forward(layer, hidden, rows, product)
-            last = np.ascontiguousarray(hidden[batch.logit_rows])
-            normed = arithmetic.rms_norm(last, self._weights.final_norm, config.norm_eps, scratch)
-            logits = product(self._linears[0, Linear.LM_HEAD], normed, batch.logit_rows).copy()
+            logits = self._head(hidden, batch.logit_rows, product)
         for run in batch.runs:
             run.cache.commit(run.stop - run.start)
         return logits
+
+    def _head(self, hidden: F32, rows: I32, product: Product) -> F32:
+        if not len(rows):  # a prefill chunk that is not the last one
+            return np.empty((0, self._config.vocabulary), np.float32)
+        last = np.ascontiguousarray(hidden[rows])
+        normed = arithmetic.rms_norm(last, self._weights.final_norm, self._config.norm_eps, self._scratch)
+        return product(self._linears[0, Linear.LM_HEAD], normed, rows).copy()
 
     def _attention(self, layer: int, hidden: F32, batch: Batch, rows: I32, product: Product) -> None:
         scratch, config = self._scratch, self._config

@@ -7,8 +7,8 @@ encoding is injective and the index only moves forward, so no two uses share a s
 `Bank` holds u for pads made in advance, sealed with AES-256-GCM under a second key of this boot, in a file without
 a name, outside the budget. An entry is opened once. Whoever can write the file can make opening fail, no more.
 
-`Refill` makes them: hundreds of rows at once through float64 BLAS, as a generator that yields after every piece of
-bounded work, so that the compute loop can run it a tile at a time when nobody waits.
+`Refill` makes them: hundreds of rows at once through float64 BLAS, in tiles of bounded work, so that the compute
+loop can do one whenever nobody waits.
 """
 
 import os
@@ -23,7 +23,7 @@ from Crypto.Hash import SHA256
 from Crypto.Protocol.KDF import HKDF
 
 from trusted_worker.arithmetic import I8, I32, exact_product
-from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.secure_memory import ALIGNMENT, Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.errors import CleaveError, VerificationError
 from wire.linears import LinearSpec
@@ -173,56 +173,63 @@ def segments(spec: LinearSpec) -> list[tuple[int, int]]:
     return [(i, min(SEGMENT, spec.n - start)) for i, start in enumerate(range(0, spec.n, SEGMENT))]
 
 
-def refill(source: PadSource, bank: Bank, weights: Weights, memory: SecureMemory) -> Iterator[bool]:
-    """An endless generator of tiles. Each step does a bounded piece of work: True, or False when the bank is full."""
-    row = 12 * max(spec.k for spec in weights.specs) + 4 * min(SEGMENT, max(spec.n for spec in weights.specs))
-    rows = max(1, min(MAX_REFILL_ROWS, bank.capacity, memory.budget // 8 // row))
-    scratch = Scratch(memory, rows * row + 256)
-    while True:
-        if 2 * bank.room < rows:
-            yield False
-            continue
-        slots = bank.claim(min(rows, bank.room))
-        first = source.reserve(len(slots))
-        for spec in weights.specs:
-            with scratch.frame():
-                yield from _fill(source, bank, weights.tiles(spec), spec, (first, slots), scratch)
-        bank.publish(first, slots)
+class Refill:
+    """Fills a bank in tiles. Its memory is taken when it is made: no session can take it away later."""
+
+    def __init__(self, source: PadSource, bank: Bank, weights: Weights, memory: SecureMemory) -> None:
+        self._source, self._bank, self._weights = source, bank, weights
+        row = 12 * max(spec.k for spec in weights.specs) + 4 * min(SEGMENT, max(spec.n for spec in weights.specs))
+        self._rows = max(1, min(MAX_REFILL_ROWS, bank.capacity, memory.budget // 8 // row))
+        self._scratch = Scratch(memory, self._rows * row + 4 * ALIGNMENT)
+        self._tiles: Iterator[None] = iter(())
+
+    def tile(self) -> bool:
+        """One bounded piece of work. False when the bank is full. After an error the next tile starts a new batch."""
+        for _ in self._tiles:
+            return True
+        if 2 * self._bank.room < self._rows or not self._bank.room:
+            return False
+        self._tiles = self._batch()
+        return True
+
+    def _batch(self) -> Iterator[None]:
+        """Pads for a set of slots. If it is given up half-way, its indices are burnt and its slots are free again."""
+        slots = self._bank.claim(min(self._rows, self._bank.room))
+        first = self._source.reserve(len(slots))
+        try:
+            for spec in self._weights.specs:
+                with self._scratch.frame():
+                    yield from self._fill(spec, first, slots)
+        except BaseException:
+            for slot in slots:
+                self._bank.release(slot)
+            raise
+        self._bank.publish(first, slots)
+
+    def _fill(self, spec: LinearSpec, first: int, slots: list[int]) -> Iterator[None]:
+        """u of one linear: r as signed words, products tile by tile, sealed segment by segment."""
+        words = self._scratch.empty((len(slots), spec.k), np.int32)
+        for row in range(len(slots)):
+            self._source.write(spec, first + row, words[row])
+        r = self._scratch.empty(words.shape, np.float64)
+        np.copyto(r, words)
+        u = self._scratch.empty((len(slots), min(SEGMENT, spec.n)), np.int32)
+        for segment, offset, tile in _aligned(self._weights.tiles(spec)):
+            exact_product(r, [(offset, tile)], u)
+            yield
+            end = offset + len(tile)
+            if end == SEGMENT or segment * SEGMENT + end == spec.n:
+                for row, slot in enumerate(slots):
+                    self._bank.put(spec, segment, first + row, slot, u[row, :end])
+                yield
 
 
-def _fill(
-    source: PadSource,
-    bank: Bank,
-    tiles: Iterator[tuple[int, I8]],
-    spec: LinearSpec,
-    pads: tuple[int, list[int]],
-    scratch: Scratch,
-) -> Iterator[bool]:
-    """u of one linear for a set of pads: r as signed words, products tile by tile, sealed segment by segment."""
-    first, slots = pads
-    words = scratch.empty((len(slots), spec.k), np.int32)
-    for row in range(len(slots)):
-        source.write(spec, first + row, words[row])
-    r = scratch.empty(words.shape, np.float64)
-    np.copyto(r, words)
-    u = scratch.empty((len(slots), min(SEGMENT, spec.n)), np.int32)
-    for segment, piece in _aligned(tiles):
-        offset = piece[0] - segment * SEGMENT
-        exact_product(r, [(offset, piece[1])], u)
-        yield True
-        end = offset + len(piece[1])
-        if end == SEGMENT or segment * SEGMENT + end == spec.n:
-            for row, slot in enumerate(slots):
-                bank.put(spec, segment, first + row, slot, u[row, :end])
-            yield True
-
-
-def _aligned(tiles: Iterator[tuple[int, I8]]) -> Iterator[tuple[int, tuple[int, I8]]]:
-    """The same tiles, cut where a segment ends: (segment, (first row, rows))."""
+def _aligned(tiles: Iterator[tuple[int, I8]]) -> Iterator[tuple[int, int, I8]]:
+    """The same tiles, cut where a segment ends: (segment, first row within it, rows)."""
     for first, tile in tiles:
         start = first
         while start < first + len(tile):
             segment = start // SEGMENT
             stop = min(first + len(tile), (segment + 1) * SEGMENT)
-            yield segment, (start, tile[start - first : stop - first])
+            yield segment, start - segment * SEGMENT, tile[start - first : stop - first]
             start = stop

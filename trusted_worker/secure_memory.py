@@ -1,4 +1,7 @@
-"""The memory budget: one private anonymous mapping of exactly the budget, and everything secret lives in it.
+"""The memory budget: one private anonymous mapping of exactly the budget.
+
+It holds weights, KV cache, verification vectors, refill and the scratch of a step. Not inside: keys, token ids, logits
+and numpy's temporaries, a few MiB of ordinary memory.
 
 `allocate` hands out blocks first-fit, tagged with their owner; `free` wipes a block before anyone can get it again.
 `Scratch` is one such block, bump-allocated: what a step asks for is gone when its frame ends.
@@ -9,6 +12,7 @@ The mapping is MAP_PRIVATE | MAP_ANONYMOUS, wiped in a forked child (MADV_WIPEON
 
 import bisect
 import ctypes
+import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +68,7 @@ class SecureMemory:
 
     def allocate(self, owner: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Block:
         """A block holding an uninitialised array. Raises BudgetExceeded when no gap is large enough."""
-        wanted = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        wanted = math.prod(shape) * np.dtype(dtype).itemsize
         size = max(-(-wanted // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
         for index, (offset, gap) in enumerate(self._free):
             if gap >= size:
@@ -117,13 +121,13 @@ class Scratch:
     """One step's temporaries, bump-allocated inside nested frames; the last frame's end wipes what was used."""
 
     def __init__(self, memory: SecureMemory, size: int) -> None:
-        self._block = memory.allocate("scratch", (size,), np.uint8)
+        self._block = memory.allocate("scratch", (-(-size // ALIGNMENT) * ALIGNMENT,), np.uint8)
         self._top = 0
         self._high = 0
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An uninitialised array that lives until the enclosing frame ends. Raises BudgetExceeded."""
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         end = self._top + size
         if end > self._block.size:
             raise BudgetExceeded(size, self._block.size - self._top, {"scratch": self._top})

@@ -124,6 +124,8 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             events.put_nowait(None)
         except CleaveError as error:
             events.put_nowait(error)
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:
             log.error("internal error in a stream: %s", type(error).__name__)
             events.put_nowait(CleaveError("internal error"))
@@ -158,11 +160,12 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises CleaveError when the model or the address cannot be used."""
-    if not channel.is_local(settings.listen) and not settings.insecure_plaintext:
-        raise DeniedError(
-            f"{settings.listen} can be reached from other machines and nothing is encrypted yet: "
-            "listen on loopback or a Unix socket, or say --insecure-plaintext"
-        )
+    for address in filter(None, (settings.listen, settings.gpu_worker)):
+        if not channel.is_local(address) and not settings.insecure_plaintext:
+            raise DeniedError(
+                f"{address} is not on this machine and nothing is encrypted yet: "
+                "use loopback or a Unix socket, or say --insecure-plaintext"
+            )
     asyncio.run(_serve(Service(settings), settings))
 
 

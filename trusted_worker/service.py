@@ -16,7 +16,7 @@ from trusted_worker.schemes.secure_infer import Prefill, SecureInfer
 from trusted_worker.schemes.split import Split
 from trusted_worker.schemes.tee_only import TeeOnly
 from trusted_worker.secure_memory import Scratch, SecureMemory
-from trusted_worker.session import Session
+from trusted_worker.session import MAX_FRAME_TOKENS, Session
 from trusted_worker.weights import Weights
 from wire.checkpoint import Checkpoint
 from wire.errors import ContextError, ExhaustedError, PreconditionError, UnauthenticatedError
@@ -25,7 +25,6 @@ from wire.v1 import gpu_worker_pb2
 from wire.v1 import trusted_worker_pb2 as pb
 
 MAX_ROWS = 64  # rows of one step, when the budget allows
-MAX_FRAME_TOKENS = 4096
 DEFAULT_CONTEXT = 2048  # tokens of a session whose client names no number; less when they do not fit
 SMALL_CONTEXT = 256
 SESSION_BYTES = 16

@@ -19,6 +19,9 @@ Event = pb.DecodeResponse | CleaveError
 Emit = Callable[[Event], None]
 
 
+MAX_FRAME_TOKENS = 4096
+
+
 class Session:
     """State machine of one session. `emit` receives tokens, FINALs and at most one error, after which it is dead."""
 
@@ -51,11 +54,13 @@ class Session:
 
     def feed(self, ids: list[int], credit: int, end_turn: bool) -> None:
         """A client's frame. Raises InvalidArgumentError or ContextError; the session lives on unchanged then."""
+        if len(ids) > MAX_FRAME_TOKENS:
+            raise InvalidArgumentError(f"a frame holds at most {MAX_FRAME_TOKENS} tokens")
         if any(token >= self._config.vocabulary for token in ids):
             raise InvalidArgumentError(f"token ids must be below {self._config.vocabulary}")
         held = self.cache.length + len(self._pending)
         if held + len(ids) > self.cache.capacity:
-            room = self.cache.capacity - held
+            room = max(self.cache.capacity - held, 0)
             raise ContextError(f"{len(ids)} more tokens do not fit: the context has room for {room}")
         if ids:
             self._in_turn = True
@@ -71,7 +76,7 @@ class Session:
         """Rows that could go into a step now. The last pending token waits for credit."""
         if self.dead or not self._in_turn:
             return 0
-        return len(self._pending) if self._credit else len(self._pending) - 1
+        return len(self._pending) if self._credit else max(len(self._pending) - 1, 0)
 
     def take(self, rows: int) -> tuple[list[int], bool]:
         """The next `rows` tokens to compute, and whether the last one's logits are wanted."""
@@ -113,4 +118,7 @@ class Session:
 
     def _send(self, event: Event) -> None:
         if self._emit is not None:
-            self._emit(event)
+            try:
+                self._emit(event)
+            except RuntimeError:  # the event loop that would deliver it is closed
+                self._emit = None

@@ -17,6 +17,7 @@ import numpy as np
 
 from trusted_worker.arithmetic import F64, I8, I32, Y_LIMIT
 from trusted_worker.secure_memory import Block, SecureMemory
+from wire.errors import PreconditionError
 from wire.linears import LinearSpec
 
 PRIME = (1 << 32) + 15
@@ -52,6 +53,8 @@ class Verifier:
     """The secret s, and c for every linear, in the arena."""
 
     def __init__(self, memory: SecureMemory, specs: list[LinearSpec]) -> None:
+        if max(spec.k for spec in specs) > INPUT_LIMIT:
+            raise PreconditionError(f"linears of more than {INPUT_LIMIT} inputs cannot be verified exactly")
         self._s = memory.allocate("verification", (S_LIMBS, max(spec.n for spec in specs)), np.int16)
         self._c: dict[LinearSpec, Block] = {
             spec: memory.allocate("verification", (C_LIMBS, spec.k), np.int16) for spec in specs

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from trusted_worker.arithmetic import F32, I8, I32
 from trusted_worker.secure_memory import SecureMemory
 from wire.checkpoint import Checkpoint
-from wire.errors import VerificationError
+from wire.errors import CheckpointError, VerificationError
 from wire.linears import EMBEDDING, FINAL_NORM, LinearSpec, all_specs, norm_names, read_bias, read_tiles
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
@@ -75,10 +75,13 @@ class Weights:
             rows = _tile_rows(spec)
             yield from ((first, resident[first : first + rows]) for first in range(0, spec.n, rows))
             return
-        for first, tile in self._read(spec, np.empty(spec.n, np.float32)):
-            if hashlib.sha256(tile.tobytes()).digest() != self._digests[spec, first]:
-                raise VerificationError
-            yield first, tile
+        try:
+            for first, tile in self._read(spec, np.empty(spec.n, np.float32)):
+                if hashlib.sha256(tile.tobytes()).digest() != self._digests[spec, first]:
+                    raise VerificationError
+                yield first, tile
+        except CheckpointError:
+            raise VerificationError from None
 
     def row_square(self, spec: LinearSpec) -> int:
         """max over rows of ||W_q row||^2, an exact integer."""

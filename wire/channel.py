@@ -35,7 +35,11 @@ def is_local(target: str) -> bool:
     """Whether a gRPC target is a Unix socket or a loopback address."""
     if target.startswith("unix:"):
         return True
-    host = target.rpartition(":")[0].strip("[]")
+    host = target.rpartition(":")[0]
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return False
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

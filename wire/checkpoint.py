@@ -106,14 +106,14 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
             raise CheckpointError(f"{index} is not a safetensors index") from error
-        paths = [folder / Path(name).name for name in names]
+        paths = [folder / name for name in names]
     else:
         paths = [folder / "model.safetensors"]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name that cannot exist
             raise CheckpointError(f"{path} is missing")
     return paths
 
@@ -127,7 +127,7 @@ def _read_header(file: int, path: Path) -> dict[str, TensorInfo]:
         header = json.loads(os.pread(file, length, 8))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _entry(file, 8 + length, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is malformed") from error
     _check_ranges(entries, size - 8 - length, path)
     return tensors

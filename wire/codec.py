@@ -44,10 +44,10 @@ def byte_length(header: tensor_pb2.TensorHeader) -> int:
         raise InvalidArgumentError("unknown tensor dtype")
     if not 1 <= len(header.shape) <= MAX_RANK:
         raise InvalidArgumentError(f"tensor rank must be 1 to {MAX_RANK}")
-    size = math.prod(header.shape) * _DTYPES[header.dtype].itemsize
-    if size > MAX_TENSOR_BYTES:
-        raise InvalidArgumentError(f"tensor of {size} bytes is over the limit of {MAX_TENSOR_BYTES}")
-    return size
+    itemsize = _DTYPES[header.dtype].itemsize
+    if math.prod(max(extent, 1) for extent in header.shape) * itemsize > MAX_TENSOR_BYTES:
+        raise InvalidArgumentError(f"tensor is over the limit of {MAX_TENSOR_BYTES} bytes")
+    return math.prod(header.shape) * itemsize
 
 
 def split(array: Array) -> Iterator[bytes]:
@@ -66,6 +66,7 @@ class Assembler:
         self.shape = tuple(header.shape)
         self._data = np.empty(size, np.uint8)
         self._filled = 0
+        self._begun = False
 
     @property
     def done(self) -> bool:
@@ -75,10 +76,12 @@ class Assembler:
     def add(self, data: bytes) -> None:
         """Copy one frame's data in. Raises InvalidArgumentError for an empty, too long or superfluous frame."""
         end = self._filled + len(data)
-        if len(data) > FRAME_BYTES or end > len(self._data) or (not data and not self.done):
+        superfluous = self._begun and self.done
+        missing = len(data) == 0 and len(self._data) > 0
+        if superfluous or missing or len(data) > FRAME_BYTES or end > len(self._data):
             raise InvalidArgumentError("frame does not match the announced tensor")
         self._data[self._filled : end] = np.frombuffer(data, np.uint8)
-        self._filled = end
+        self._filled, self._begun = end, True
 
     def array(self) -> Array:
         """The assembled tensor: writable, C-contiguous, owned by nobody else."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from wire.errors import CheckpointError
 
+MAX_NUMBER = 1e12  # no finite constant of an architecture is larger
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
@@ -50,42 +51,43 @@ class ModelConfig:
                 "(config.json and *.safetensors); model names of a hub are not downloaded"
             )
         raw = _json(folder / "config.json")
-        architecture = (raw.get("architectures") or ["none"])[0]
+        architectures = raw.get("architectures")
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else "none"
         if architecture not in SUPPORTED:
             raise CheckpointError(f"architecture {architecture} is not supported; {', '.join(SUPPORTED)} are")
-        _refuse_variants(raw)
         try:
+            _refuse_variants(raw)
             return cls._from_fields(folder, raw, qwen=architecture == "Qwen2ForCausalLM")
         except KeyError as error:
             raise CheckpointError(f"{folder}/config.json lacks {error.args[0]}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder}/config.json has a field of the wrong type") from error
 
     @classmethod
     def _from_fields(cls, folder: Path, raw: dict[str, Any], qwen: bool) -> "ModelConfig":
         heads = _positive(raw, "num_attention_heads")
         hidden = _positive(raw, "hidden_size")
-        bias = bool(raw.get("attention_bias", False))
+        bias = _flag(raw, "attention_bias")
         config = cls(
             name=folder.resolve().name,
             layers=_positive(raw, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
+            kv_heads=_positive(raw, "num_key_value_heads", heads),
+            head_dim=_positive(raw, "head_dim", hidden // heads),
             ffn=_positive(raw, "intermediate_size"),
             vocabulary=_positive(raw, "vocab_size"),
             max_context=_positive(raw, "max_position_embeddings"),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rope_theta=_number(_rope(raw) if "rope_theta" in _rope(raw) else raw, "rope_theta", 10000.0),
             qkv_bias=qwen or bias,
             o_bias=bias and not qwen,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            tied=bool(raw.get("tie_word_embeddings", False)),
+            mlp_bias=_flag(raw, "mlp_bias"),
+            tied=_flag(raw, "tie_word_embeddings"),
             eos=_eos(folder, raw),
         )
         if config.heads % config.kv_heads or config.head_dim % 2:
-            raise CheckpointError("query heads must be a multiple of key heads, and head_dim even")
+            raise CheckpointError("config.json: query heads must be a multiple of key heads, and head_dim even")
         return config
 
 
@@ -94,17 +96,32 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: is this a model folder in Hugging Face layout?") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return content
 
 
-def _positive(raw: dict[str, Any], key: str) -> int:
-    value = int(raw[key])
-    if not 0 < value < 1 << 31:
-        raise CheckpointError(f"config.json: {key} = {value} is out of range")
+def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive 31-bit integer; `default` stands for a missing or null field. Raises KeyError, CheckpointError."""
+    value = raw[key] if default is None else default if raw.get(key) is None else raw[key]
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise CheckpointError(f"config.json: {key} must be a positive integer below 2^31")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < MAX_NUMBER:
+        raise CheckpointError(f"config.json: {key} must be a positive number")
+    return float(value)
+
+
+def _flag(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} must be true or false")
     return value
 
 
@@ -132,4 +149,7 @@ def _eos(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     ids = generation.get("eos_token_id", raw.get("eos_token_id"))
     if ids is None:
         return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
+    found = tuple(ids) if isinstance(ids, list) else (ids,)
+    if not all(type(one) is int and 0 <= one < 1 << 31 for one in found):
+        raise CheckpointError("eos_token_id must be a token id or a list of them (config.json, generation_config.json)")
+    return found

@@ -118,4 +118,5 @@ class Child:
     def _keep(self, line: str) -> None:
         self._tail.append(line)
         if self._log:
-            print(line, file=self._log, flush=True)
+            self._log.write(line + "\n")  # one write: both children's lines stay whole
+            self._log.flush()

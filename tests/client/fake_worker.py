@@ -89,6 +89,7 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             wire_bytes_down=200 * self.tokens,
             pads_issued=self.tokens,
             pads_in_stock=40,
+            pads_capacity=80,
             memory_budget=64 << 20,
             memory_used=1 << 20,
             memory_peak=2 << 20,

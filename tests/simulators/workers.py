@@ -25,6 +25,7 @@ class HonestWorker:
         """See schemes.base.Worker."""
         self.calls += 1
         assert array is not None
+        assert 1 <= len(array) <= codec.MAX_ROWS  # what the real one refuses
         if operation.HasField("ring_matmul"):
             ring = operation.ring_matmul
             weight = self.weight(ring.layer, ring.linear, int8=True)
@@ -32,6 +33,9 @@ class HonestWorker:
             return exact.astype(np.int32)
         plain = operation.matmul
         return (array @ self.weight(plain.layer, plain.linear, int8=False).T).astype(np.float32)
+
+    def close(self) -> None:
+        """There is no stream."""
 
     def weight(self, layer: int, linear: int, int8: bool) -> npt.NDArray[np.float32] | npt.NDArray[np.int64]:
         """W (float32) or W_q (int64) of one linear."""

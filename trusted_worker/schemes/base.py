@@ -17,6 +17,10 @@ class Worker(Protocol):
         """One exchange; the answer has `shape`, and is hostile until verified."""
         ...
 
+    def close(self) -> None:
+        """End the stream: whatever is still in flight on it is never read."""
+        ...
+
 
 class Scheme(Protocol):
     """One way to run the model. Used from the compute thread only."""

@@ -3,6 +3,7 @@
 What the GPU worker sees: the token ids, the KV cache, the logits: everything. It can change any result unnoticed.
 """
 
+from contextlib import suppress
 from itertools import count
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from trusted_worker.arithmetic import F32
 from trusted_worker.model import Batch
 from trusted_worker.schemes.base import Worker
+from wire.errors import CleaveError
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as pb
 
@@ -27,8 +29,9 @@ class RemoteCache:
         self.length += tokens
 
     def free(self) -> None:
-        """Have the worker drop it."""
-        self._cache(0)
+        """Have the worker drop it; one that is gone has dropped it already."""
+        with suppress(CleaveError):
+            self._cache(0)
 
     def _cache(self, tokens: int) -> None:
         self._worker.call(pb.Operation(cache=pb.Cache(sequence=self.sequence, reserve_tokens=tokens)), None, None)

@@ -10,7 +10,7 @@ tokens, not the KV cache, not the results: u never leaves.
 What breaks it: a pad used twice (z - z' = x_q - x_q'), a predictable boot key, a snapshot or clone of an emulated
 process, side channels of the TEE. A wrong result passes verification with probability 1/P each (verification.py).
 
-Steps, with the numbers of the design (section 5.1); m rows, k inputs, n outputs:
+Steps, by the numbers that the documents use too; m rows, k inputs, n outputs:
  1. Quantise: x_q = round(x / s_x), one s_x per row, as fine as the ring allows; no product reaches 2^30.
  2. Mask:     z = x_q + r mod 2^32, r fresh for each row and linear, spent here whatever happens next.
  3. Worker:   y' = z . W_q^T mod 2^32.
@@ -29,7 +29,7 @@ from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32, Bound
 from trusted_worker.kv_cache import KVCache
 from trusted_worker.model import Batch, Decoder
-from trusted_worker.pads import Bank, Pad, PadSource, refill
+from trusted_worker.pads import Bank, Pad, PadSource, Refill
 from trusted_worker.schemes.base import Worker, ring_matmul
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.verification import Verifier
@@ -60,7 +60,7 @@ class SecureInfer:
         self._bounds = {spec: Bound(spec.k, weights.row_square(spec)) for spec in weights.specs}
         self._verifier = Verifier(memory, weights.specs)
         self._prepare()
-        self._refill = refill(source, bank, weights, memory)
+        self._refill = Refill(source, bank, weights, memory)
         self._pads: list[Pad] = []
         self._issued = self._verified = self._failed = self._inside = 0
 
@@ -81,10 +81,14 @@ class SecureInfer:
 
     def idle(self) -> bool:
         """One tile of refill."""
-        return self._bank.capacity > 0 and next(self._refill)
+        return self._refill.tile()
 
     def distrust(self) -> None:
-        """A fresh secret s before the worker is trusted again: a rejected row excluded candidates of the old one."""
+        """Quarantine: nothing is sent until there is a fresh secret s, and then on a new stream.
+
+        A rejected row excluded candidates of the old s.
+        """
+        self._worker.close()
         self._verifier.draw()
         self._prepare()
 

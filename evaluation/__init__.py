@@ -1,0 +1,1 @@
+"""Measurements and attacks: they see transcripts and public interfaces, never internals."""

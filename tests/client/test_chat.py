@@ -1,0 +1,107 @@
+import io
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from client.attestation.policy import Policy
+from client.chat import Chat
+from client.conversation import Conversation
+from client.session import Request, connect
+from client.terminal import first_interrupt
+from client.tokenizer import Tokenizer
+from client.turn import Pacing
+from tests.client.fake_worker import EOS, FakeWorker, Script
+from wire.errors import UnavailableError
+
+Serve = Callable[[Script], FakeWorker]
+Output = pytest.CaptureFixture[str]
+
+
+def converse(worker: FakeWorker, folder: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    with connect(worker.target, Policy()) as trusted:
+        request = Request("tiny", "secure-infer", "int8")
+        conversation = Conversation(trusted, request, Tokenizer(folder), Pacing(), [])
+        try:
+            Chat(conversation).run()
+        finally:
+            conversation.reset()
+
+
+def spell(folder: Path, text: str) -> list[int]:
+    return Tokenizer(folder).chat([{"role": "user", "content": text}])[1:-2]
+
+
+def test_a_whole_chat(serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = serve(Script(answers=[[*spell(folder, "hello"), EOS], [*spell(folder, "bye"), EOS]]))
+    converse(worker, folder, "hi\n\n/stats\n/scheme\n/reset\n/nothing\nagain\n", monkeypatch)
+    captured = capsys.readouterr()
+    assert captured.out == "hello\nbye\n"
+    assert "\x1b" not in captured.err
+    for part in ("Cleave", "attestation: none (emulation)", "pads in stock", "one-time-padded", "there is no /nothing"):
+        assert part in captured.err
+    assert len(worker.opened) == 2  # /reset
+
+
+def test_quit_leaves(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = serve(Script())
+    converse(worker, folder, "/quit\nhi\n", monkeypatch)
+    assert not worker.opened
+
+
+def test_an_error_is_told_and_the_chat_goes_on(
+    serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = serve(Script(answers=[[5, 5], [*spell(folder, "ok"), EOS]], fail_after=1))
+    converse(worker, folder, "hi\nhi\n", monkeypatch)
+    captured = capsys.readouterr()
+    assert "verification failed" in captured.err
+    assert captured.out.strip() == "ok"
+
+
+def test_a_lost_worker_ends_the_chat(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = serve(Script())
+    monkeypatch.setattr("client.chat.note", lambda text: worker.stop())  # it goes while the banner is shown
+    with pytest.raises(UnavailableError):
+        converse(worker, folder, "hi\nhi\n", monkeypatch)
+
+
+class _Interrupting(io.StringIO):
+    """A terminal whose user presses Ctrl-C when the first letter appears."""
+
+    pressed = False
+
+    def write(self, text: str) -> int:
+        if text.strip() and not self.pressed:
+            self.pressed = True
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
+    serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = serve(Script(answers=[spell(folder, "x" * 100), [*spell(folder, "ok"), EOS]]))
+    terminal = _Interrupting()
+    monkeypatch.setattr("sys.stdout", terminal)
+    converse(worker, folder, "hi\nagain\n", monkeypatch)
+    first, second = terminal.getvalue().split()
+    assert first.strip("x") == ""
+    assert len(first) < 100
+    assert second == "ok"
+    assert "ended: interrupted" in capsys.readouterr().err
+
+
+def test_the_second_interrupt_raises() -> None:
+    calls: list[int] = []
+
+    def presses() -> Iterator[None]:
+        signal.raise_signal(signal.SIGINT)
+        yield
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), first_interrupt(lambda: calls.append(1)):
+        list(presses())
+    assert calls == [1]

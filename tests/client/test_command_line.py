@@ -1,0 +1,157 @@
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from client.__main__ import main
+from client.tokenizer import Tokenizer
+from tests.client.fake_worker import EOS, FakeWorker, Script
+
+Serve = Callable[[Script], FakeWorker]
+Output = pytest.CaptureFixture[str]
+
+KEYS = {
+    "text", "token_ids", "finish_reason", "scheme", "precision", "prompt_tokens", "completion_tokens", "seconds",
+    "tokens_per_second", "time_to_first_token", "exchanges", "wire_bytes_up", "wire_bytes_down", "pads_issued",
+    "pads_reused", "products_verified", "products_inside", "secure_memory", "attestation",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`main` takes the signals over; give them back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def spell(folder: Path, text: str) -> list[int]:
+    return Tokenizer(folder).chat([{"role": "user", "content": text}])[1:-2]
+
+
+def chat(worker: FakeWorker, folder: Path, *flags: str) -> int:
+    return main(["chat", "--connect", worker.target, "--model", str(folder), *flags])
+
+
+def test_json_is_the_last_line_with_every_key(serve: Serve, folder: Path, capsys: Output) -> None:
+    answer = [*spell(folder, "hi ü"), EOS]
+    worker = serve(Script(answers=[answer]))
+    assert chat(worker, folder, "--prompt", "hello", "--json") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert set(result) == KEYS
+    assert (result["text"], result["finish_reason"], result["completion_tokens"]) == ("hi ü", "eos", 6)
+    assert result["token_ids"] == answer
+    assert (result["exchanges"], result["wire_bytes_up"], result["pads_issued"]) == (30, 600, 6)
+    assert result["secure_memory"] == {"budget": 64 << 20, "peak": 2 << 20}
+    assert result["attestation"] == {"provider": "none", "verified": False}
+    assert captured.err == ""
+
+
+def test_one_token_has_no_decode_rate(serve: Serve, folder: Path, capsys: Output) -> None:
+    worker = serve(Script(answers=[[EOS]]))
+    assert chat(worker, folder, "--prompt", "hello", "--json", "--logprobs", "1") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens_per_second"] is None
+    assert result["logprobs"] == [{"token_id": EOS, "logprob": -0.5, "top": [{"token_id": EOS, "logprob": -0.5}]}]
+
+
+def test_token_ids_need_no_tokenizer(serve: Serve, folder: Path, capsys: Output) -> None:
+    (folder / "tokenizer.json").unlink()
+    worker = serve(Script(answers=[[5, 6, EOS]]))
+    assert chat(worker, folder, "--token-ids", "1,2,3", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["text"], result["token_ids"], result["prompt_tokens"]) == (None, [5, 6, EOS], 3)
+
+
+def test_text_goes_to_stdout_and_the_status_to_stderr(serve: Serve, folder: Path, capsys: Output) -> None:
+    worker = serve(Script(answers=[[*spell(folder, "one\x1b[2Jtwo STOP three")]]))
+    assert chat(worker, folder, "--prompt", "hello", "--stop", "STOP", "--stop", "never") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "one[2Jtwo \n"
+    assert "attestation: none (emulation)" in captured.err
+    assert "40 pads in stock" in captured.err
+    assert "\x1b" not in captured.err
+
+
+def test_flags_reach_open(serve: Serve, folder: Path) -> None:
+    worker = serve(Script(answers=[[EOS]]))
+    flags = ["--scheme", "split", "--precision", "float32", "--temperature", "0.5", "--seed", "7", "--top-k", "3"]
+    assert chat(worker, folder, "--prompt", "hello", *flags) == 0
+    asked = worker.opened[0]
+    assert (asked.model, asked.scheme, asked.sampling.seed, asked.sampling.top_k) == ("tiny", "split", 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--token-ids", "1,300"], "out of range"),
+        (["--model", "some/hub-name", "--prompt", "secret"], "model names of a hub are not downloaded"),
+        (["--connect", "203.0.113.1:9", "--model", "nowhere", "--prompt", "secret"], "not a folder"),
+    ],
+)
+def test_known_errors_are_one_line(serve: Serve, folder: Path, capsys: Output, flags: list[str], says: str) -> None:
+    assert chat(serve(Script()), folder, "--json", *flags) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert says in captured.err
+    assert "secret" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--precision", "float32"], "needs --precision int8"),
+        (["--json"], "need --prompt or --token-ids"),
+        (["--prompt", "a", "--token-ids", "1"], "not both"),
+        (["--prompt", "a", "--logprobs", "2"], "needs --json"),
+        (["--token-ids", "1,x"], "whole numbers"),
+        (["--token-ids", "1,-2"], "out of range"),
+        (["--credit", "0"], "from 1 to 4096"),
+        (["--temperature", "nan"], "a number from"),
+        (["--connect", "127.0.0.1:1", "--pad-bank", "1MiB"], "belongs to `cleave up`"),
+        (["--scheme", "magic"], "invalid choice"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_status_two(capsys: Output, flags: list[str], says: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["chat", *flags])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_remote_peer_without_evidence_is_refused(
+    folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = FakeWorker(Script())
+    monkeypatch.setattr("client.attestation.policy.is_local", lambda target: False)
+    assert chat(worker, folder, "--prompt", "secret") == 1
+    assert "--insecure-unattested" in capsys.readouterr().err
+    assert not worker.opened
+
+
+def test_up_does_not_listen_for_others(folder: Path, capsys: Output) -> None:
+    assert main(["up", "--listen", "0.0.0.0:7750", "--model", str(folder)]) == 1
+    assert "--insecure-plaintext" in capsys.readouterr().err
+
+
+def test_help_says_how_the_rate_is_measured(capsys: Output) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    assert "time after the first token" in " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_reports_and_imports_nothing_heavy(capsys: Output) -> None:
+    loaded = set(sys.modules)
+    main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} <= {"ok", "missing", "absent"}
+    assert any("numpy" in line for line in lines)
+    assert not {"torch", "numba"} & (set(sys.modules) - loaded)

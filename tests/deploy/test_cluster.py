@@ -1,0 +1,171 @@
+"""The cluster, with fake workers: small modules in a folder that stands in for the repository."""
+
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.local import child, cluster
+from deploy.local.cluster import Cluster, Settings
+from wire.errors import DeadlineError, UnavailableError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE = 20.0
+
+# A worker: says what it was told and who it is, listens, serves, and waits for the end.
+WORKER = """
+import os, signal, sys
+from wire.lifetime import die_with_parent
+die_with_parent(int(sys.argv[sys.argv.index("--parent") + 1]))
+print(os.getpid(), *sys.argv[1:], file=sys.stderr, flush=True)
+listen = sys.argv[sys.argv.index("--listen") + 1]
+print("listening on", listen, flush=True)
+print("serving", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of two fake workers."""
+    for name in ("gpu_worker", "trusted_worker"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        replace(tmp_path, name, WORKER)
+    monkeypatch.setattr(cluster, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return tmp_path
+
+
+def replace(repository: Path, name: str, program: str) -> None:
+    (repository / name / "__main__.py").write_text(program)
+
+
+class Recorder:
+    """Progress and log of a cluster."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def __call__(self, stage: str, seconds: float) -> None:
+        if stage not in self.stages:
+            self.stages.append(stage)
+
+
+def settings(scheme: str = "secure-infer", precision: str = "int8") -> Settings:
+    return Settings(Path("models/demo"), scheme, precision)
+
+
+def test_both_workers_run_and_stop(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    progress = Recorder()
+    with Cluster(settings(), progress, log=sys.stderr) as running:
+        running.check()
+        socket = running.target.removeprefix("unix:")
+        folder = Path(socket).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+    assert progress.stages == ["starting the GPU worker", "starting the trusted worker", "loading the model"]
+    gpu, trusted = (line.split(maxsplit=1) for line in capfd.readouterr().err.splitlines())
+    assert "--ops ring" in gpu[1]
+    assert f"--gpu-worker unix:{folder}/gpu.sock" in trusted[1]
+    for process in (gpu[0], trusted[0]):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "precision", "ops"),
+    [
+        ("secure-infer", "int8", "ring"),
+        ("split", "int8", "ring"),
+        ("split", "float32", "all"),
+        ("plain", "int8", "all"),
+    ],
+)
+def test_the_gpu_worker_offers_no_more_than_the_scheme_needs(scheme: str, precision: str, ops: str) -> None:
+    assert settings(scheme, precision).ops == ops
+
+
+def test_tee_only_starts_no_gpu_worker(repository: Path) -> None:
+    progress = Recorder()
+    with Cluster(settings("tee-only"), progress):
+        assert "starting the GPU worker" not in progress.stages
+
+
+def test_a_worker_that_refuses_its_input_is_quoted(repository: Path) -> None:
+    replace(repository, "trusted_worker", "import sys\nprint('log', file=sys.stderr)\nsys.exit('no good')\n")
+    with pytest.raises(UnavailableError, match=r"trusted worker stopped \(exit status 1\): log / no good"):
+        Cluster(settings(), Recorder()).__enter__()
+    usage = "import sys\nprint('usage', file=sys.stderr)\nprint('bad', file=sys.stderr)\nsys.exit(2)\n"
+    replace(repository, "gpu_worker", usage)
+    with pytest.raises(UnavailableError, match=r"GPU worker stopped \(exit status 2\): bad"):
+        Cluster(settings(), Recorder()).__enter__()
+
+
+def test_a_worker_that_dies_later_is_reported(repository: Path) -> None:
+    dying = WORKER.replace("signal.pause()", "sys.stdin.read(); sys.exit('out of luck')")
+    replace(repository, "gpu_worker", dying)
+    with pytest.raises(UnavailableError, match="out of luck"), Cluster(settings(), Recorder()) as running:
+        running.wait()
+
+
+def test_the_death_of_one_worker_ends_the_wait_for_the_other(repository: Path) -> None:
+    replace(repository, "gpu_worker", WORKER.replace("signal.pause()", "sys.exit('gone')"))
+    replace(repository, "trusted_worker", "import signal\nsignal.pause()\n")
+    with pytest.raises(UnavailableError, match="gone"):
+        Cluster(settings(), Recorder()).__enter__()
+
+
+def test_a_worker_that_never_serves_meets_a_deadline(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SERVE_SECONDS", 0.05)
+    replace(repository, "trusted_worker", WORKER.replace('print("serving", flush=True)', ""))
+    with pytest.raises(DeadlineError, match="loading the model"):
+        Cluster(settings(), Recorder()).__enter__()
+
+
+def test_a_worker_that_ignores_sigterm_is_killed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "STOP_SECONDS", 0.05)
+    deaf = WORKER.replace("print(os.getpid()", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid()")
+    replace(repository, "trusted_worker", deaf.replace("signal.pause()", "while True: signal.pause()"))
+    with Cluster(settings(), Recorder()) as running:
+        running.check()
+
+
+PARENT = """
+import pathlib, sys
+from deploy.local import cluster
+cluster.ROOT = pathlib.Path(sys.argv[1])
+settings = cluster.Settings(pathlib.Path("models/demo"), "secure-infer", "int8")
+with cluster.Cluster(settings, lambda stage, seconds: None, log=sys.stdout) as running:
+    print("ready", flush=True)
+    running.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_children_die_with_a_killed_parent(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(repository))  # a killed parent leaves its empty folder behind
+    command = [sys.executable, "-c", PARENT, str(repository)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as parent:
+        try:
+            assert parent.stdout
+            lines = [parent.stdout.readline().strip() for _ in range(3)]  # the workers' own, and "ready", in any order
+        finally:
+            parent.kill()
+    descriptors = [_pidfd(int(line.split()[0])) for line in lines if line != "ready"]
+    assert len(descriptors) == 2
+    for descriptor in descriptors:
+        if descriptor is not None:
+            assert select.select([descriptor], [], [], PATIENCE)[0], "a child outlived its parent"
+            os.close(descriptor)
+
+
+def _pidfd(process: int) -> int | None:
+    """Becomes readable when the process ends; None when it has ended."""
+    try:
+        return os.pidfd_open(process)
+    except ProcessLookupError:
+        return None

@@ -1,0 +1,94 @@
+"""The command line of the trusted worker: sizes, defaults, and what is refused in one line."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trusted_worker.config import parse, size
+
+CASES = settings(deadline=None, max_examples=100, derandomize=True)
+MODEL = ["--model", "folder"]
+
+
+@given(st.integers(0, 1 << 50), st.sampled_from([("", 0), ("KiB", 10), ("MiB", 20), ("GiB", 30)]))
+@CASES
+def test_sizes_are_numbers_with_binary_units(number: int, unit: tuple[str, int]) -> None:
+    assert size(f"{number}{unit[0]}") == number << unit[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "64MB", "64mib", "64 MiB", "-1", "+1", "1.5GiB", "0x10", "1e6", "64MiBs", "\n64", "64\n", "64K"]
+)
+def test_other_sizes_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="64MiB"):
+        size(text)
+
+
+def test_defaults() -> None:
+    settings = parse(MODEL)
+    assert settings.model == Path("folder")
+    assert (settings.scheme, settings.precision, settings.prefill) == ("secure-infer", "int8", "auto")
+    assert (settings.memory_budget, settings.pad_bank) == (64 << 20, 64 << 20)
+    assert settings.listen == "127.0.0.1:0"
+    assert settings.threads == 1
+    assert not settings.insecure_plaintext
+
+
+def test_values_are_taken() -> None:
+    asked = ["--scheme", "split", "--precision", "float32", "--memory-budget", "14MiB", "--pad-bank", "0"]
+    settings = parse([*MODEL, *asked, "--max-context", "9", "--threads", "3", "--step-seconds", "1.5"])
+    assert (settings.scheme, settings.precision) == ("split", "float32")
+    assert (settings.memory_budget, settings.pad_bank, settings.max_context) == (14 << 20, 0, 9)
+    assert (settings.threads, settings.step_seconds) == (3, 1.5)
+
+
+def test_the_whole_machine_multiplies_for_tee_only() -> None:
+    assert parse([*MODEL, "--scheme", "tee-only"]).threads >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "--model"),
+        ([*MODEL, "--precision", "float32"], "--precision int8"),
+        ([*MODEL, "--scheme", "secure-infer", "--precision", "float32"], "--precision int8"),
+        ([*MODEL, "--scheme", "rot13"], "rot13"),
+        ([*MODEL, "--precision", "int4"], "int4"),
+        ([*MODEL, "--prefill", "never"], "never"),
+        ([*MODEL, "--memory-budget", "64MB"], "64MB"),
+        ([*MODEL, "--pad-bank", "lots"], "lots"),
+        ([*MODEL, "--max-context", "many"], "many"),
+        ([*MODEL, "--unknown"], "--unknown"),
+    ],
+)
+def test_bad_arguments_end_with_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(arguments)
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-context", "-1"],
+        ["--threads", "-1"],
+        ["--step-seconds", "-1"],
+        ["--step-seconds", "nan"],
+        ["--session-seconds", "nan"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse([*MODEL, *arguments])
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("abbreviation", ["--insecure", "--insecure-plain"])
+def test_an_unsafe_switch_is_written_out_in_full(abbreviation: str) -> None:
+    with pytest.raises(SystemExit):
+        parse([*MODEL, abbreviation])

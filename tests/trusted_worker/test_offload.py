@@ -1,0 +1,377 @@
+"""GpuWorker against servers that misbehave in every way: bounded, one error each, and the next call starts afresh."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from trusted_worker.offload import GpuWorker
+from wire import channel, codec
+from wire.errors import CleaveError, DeadlineError, UnavailableError, VerificationError
+from wire.v1 import gpu_worker_pb2 as pb
+from wire.v1 import gpu_worker_pb2_grpc, tensor_pb2
+
+Frames = list[pb.ExecuteResponse]
+Behaviour = Callable[[int, codec.Array | None], Frames]
+
+RING = pb.Operation(ring_matmul=pb.RingMatmul(layer=0, linear=pb.LINEAR_QKV))
+FORWARD = pb.Operation(forward=pb.Forward())
+CACHE = pb.Operation(cache=pb.Cache(sequence=1, reserve_tokens=4))
+X = np.arange(12, dtype=np.int32).reshape(3, 4)
+INT32, FLOAT32 = tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_FLOAT32
+PRIVATE = "a text that the untrusted worker chose"
+
+
+def answer(number: int, array: codec.Array) -> Frames:
+    """An honest answer."""
+    first, *rest = codec.split(array)
+    head = pb.ExecuteResponse(id=number, header=codec.header_of(array), data=first)
+    return [head, *[pb.ExecuteResponse(id=number, data=data) for data in rest]]
+
+
+def doubled(number: int, array: codec.Array | None) -> Frames:
+    """What the honest worker of these tests computes."""
+    if array is None:
+        return [pb.ExecuteResponse(id=number)]
+    twice: Any = array * 2
+    return answer(number, twice)
+
+
+class Server(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
+    """A GPU worker whose answers come from `behaviour`, and which hangs, aborts or leaves when it is told to."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.leave, self.leave_after = target, False, False
+        self.behaviour: Behaviour = doubled
+        self.loads: list[str] = []
+        self.streams, self.refuse_load, self.hang, self.hang_after = 0, False, False, 0
+        self.abort: grpc.StatusCode | None = None
+        self.released = threading.Event()
+        self.start()
+
+    def start(self) -> None:
+        """Listen, again after `stop`."""
+        self.server = grpc.server(ThreadPoolExecutor(4))
+        gpu_worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(self, self.server)
+        self.server.add_insecure_port(self.target)
+        self.server.start()
+
+    def stop(self) -> None:
+        """Close every stream at once."""
+        self.server.stop(None).wait()
+
+    def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
+        return pb.DescribeResponse()
+
+    def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
+        self.loads.append(request.model)
+        if self.refuse_load:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, PRIVATE)
+        return pb.LoadResponse()
+
+    def Execute(self, requests: Iterator[pb.ExecuteRequest], context: Any) -> Iterator[pb.ExecuteResponse]:
+        self.streams += 1
+        for first in requests:
+            array = self._tensor(first, requests)
+            if self.leave:
+                return
+            if self.abort is not None:
+                context.abort(self.abort, PRIVATE)
+            for count, frame in enumerate(self.behaviour(first.id, array)):
+                if self.hang and count >= self.hang_after:
+                    self.released.wait(20)
+                yield frame
+            if self.leave_after:
+                return
+
+    def _tensor(self, first: pb.ExecuteRequest, rest: Iterator[pb.ExecuteRequest]) -> codec.Array | None:
+        if not first.HasField("header"):
+            return None
+        assembler = codec.Assembler(first.header)
+        assembler.add(first.data)
+        while not assembler.done:
+            assembler.add(next(rest).data)
+        return assembler.array()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    one = Server(f"unix:{tmp_path}/gpu")
+    yield one
+    one.released.set()
+    one.stop()
+
+
+@pytest.fixture
+def worker(server: Server) -> Iterator[GpuWorker]:
+    one = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, seconds=30.0)
+    yield one
+    one.close()
+
+
+def test_an_exchange_returns_memory_of_our_own(worker: GpuWorker, server: Server) -> None:
+    result = worker.call(RING, X, (3, 4))
+    assert (result == 2 * X).all()
+    assert result.dtype == np.int32
+    assert result.flags.writeable
+    assert result.flags.c_contiguous
+    result += 1
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (server.loads, server.streams) == (["tiny"], 1)
+
+
+def test_tensors_of_any_number_of_frames(worker: GpuWorker) -> None:
+    for columns in (0, 1, codec.FRAME_BYTES // 4 - 1, codec.FRAME_BYTES // 4, codec.FRAME_BYTES // 4 + 1, 700_000):
+        x = np.arange(columns, dtype=np.int32).reshape(1, columns)
+        assert (worker.call(RING, x, (1, columns)) == 2 * x).all()
+
+
+def test_traffic_is_counted_in_serialised_bytes(worker: GpuWorker) -> None:
+    for count in (1, 2):
+        worker.call(RING, X, (3, 4))
+        assert worker.traffic.exchanges == count
+    request = pb.ExecuteRequest(id=1, operation=RING, header=codec.header_of(X), data=X.tobytes())
+    assert worker.traffic.bytes_up == 2 * request.ByteSize()
+    assert worker.traffic.bytes_down == 2 * doubled(1, X)[0].ByteSize()
+
+
+def test_a_call_without_tensors(worker: GpuWorker) -> None:
+    assert worker.call(CACHE, None, None).size == 0
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+def test_forward_answers_in_float32(worker: GpuWorker, server: Server) -> None:
+    ids = np.array([1, 2], np.int32)
+    logits = np.ones((1, 5), np.float32)
+    server.behaviour = lambda number, array: answer(number, logits)
+    assert (worker.call(FORWARD, ids, (1, 5)) == logits).all()
+    server.behaviour = lambda number, array: answer(number, logits.astype(np.int32))
+    with pytest.raises(VerificationError):
+        worker.call(FORWARD, ids, (1, 5))
+
+
+def _header(dtype: int, *shape: int) -> tensor_pb2.TensorHeader:
+    return tensor_pb2.TensorHeader(dtype=dtype, shape=shape)  # type: ignore[arg-type]
+
+
+def _raw(number: int, header: tensor_pb2.TensorHeader | None, *data: bytes) -> Frames:
+    frames = [pb.ExecuteResponse(id=number, data=piece) for piece in data]
+    if header is not None:
+        frames[0].header.CopyFrom(header)
+    return frames
+
+
+Y = (2 * X).tobytes()
+HEADER = _header(INT32, 3, 4)
+LIES: dict[str, Behaviour] = {
+    "an id of the future": lambda n, a: answer(n + 1, X),
+    "an id of the past": lambda n, a: answer(n - 1, X),
+    "rows missing": lambda n, a: answer(n, X[:2]),
+    "transposed": lambda n, a: answer(n, np.ascontiguousarray(X.T)),
+    "rank 3": lambda n, a: answer(n, X.reshape(1, 3, 4)),
+    "float32": lambda n, a: answer(n, X.astype(np.float32)),
+    "no header": lambda n, a: _raw(n, None, Y),
+    "unknown dtype": lambda n, a: _raw(n, _header(99, 3, 4), Y),
+    "a huge shape": lambda n, a: _raw(n, _header(INT32, 2**32 - 1, 2**32 - 1), Y),
+    "one byte more": lambda n, a: _raw(n, HEADER, Y + b"x"),
+    "short, then too long": lambda n, a: _raw(n, HEADER, Y[:40], Y[:40]),
+    "an empty first frame": lambda n, a: _raw(n, HEADER, b"", Y),
+    "an empty second frame": lambda n, a: _raw(n, HEADER, Y[:40], b"", Y[40:]),
+    "another id within": lambda n, a: [*_raw(n, HEADER, Y[:40]), *_raw(n + 1, None, Y[40:])],
+    "empty frames without end": lambda n, a: [pb.ExecuteResponse(id=n) for _ in range(50)],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_answer_of_the_wrong_form_is_one_error(worker: GpuWorker, server: Server, lie: str) -> None:
+    server.behaviour = LIES[lie]
+    with pytest.raises(VerificationError) as caught:
+        worker.call(RING, X, (3, 4))
+    assert str(caught.value) == str(VerificationError())
+    assert caught.value.__cause__ is None
+    assert worker.traffic.exchanges == 0
+
+
+def test_after_a_rejected_answer_the_next_call_starts_afresh(worker: GpuWorker, server: Server) -> None:
+    worker.call(RING, X, (3, 4))
+    server.behaviour = LIES["rows missing"]
+    with pytest.raises(VerificationError):
+        worker.call(RING, X, (3, 4))
+    server.behaviour = doubled
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (server.streams, len(server.loads), worker.traffic.exchanges) == (2, 2, 2)
+
+
+def test_a_frame_over_the_limit_is_refused(worker: GpuWorker, server: Server) -> None:
+    x = np.zeros((1, 600_000), np.int32)
+    first, rest = x.tobytes()[: codec.FRAME_BYTES + 1], x.tobytes()[codec.FRAME_BYTES + 1 :]
+    server.behaviour = lambda n, a: _raw(n, codec.header_of(x), first, rest)
+    with pytest.raises(VerificationError):
+        worker.call(RING, x, (1, 600_000))
+
+
+def test_a_message_over_the_limit_never_arrives(worker: GpuWorker, server: Server) -> None:
+    server.behaviour = lambda n, a: _raw(n, HEADER, bytes(channel.MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(CleaveError):
+        worker.call(RING, X, (3, 4))
+    server.behaviour = doubled
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [lambda n: doubled(n, X), lambda n: _raw(n, None, b""), lambda n: _raw(n, HEADER, Y[:40])],
+    ids=["the answer again", "an empty frame", "half an answer"],
+)
+def test_frames_behind_an_answer_do_not_answer_the_next_call(
+    worker: GpuWorker, server: Server, extra: Callable[[int], Frames]
+) -> None:
+    server.behaviour = lambda n, a: doubled(n, a) + extra(n)
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    with pytest.raises(VerificationError):
+        worker.call(RING, X + 1, (3, 4))
+
+
+def test_an_earlier_answer_does_not_answer_a_later_call(worker: GpuWorker, server: Server) -> None:
+    """A replay carries the old id; after a reconnect ids go on, so that an old stream's answer is stale too."""
+    ids: list[int] = []
+
+    def note(number: int, array: codec.Array | None) -> Frames:
+        ids.append(number)
+        return doubled(number if len(ids) != 2 else ids[0], array)
+
+    server.behaviour = note
+    worker.call(RING, X, (3, 4))
+    with pytest.raises(VerificationError):
+        worker.call(RING, X, (3, 4))
+    worker.call(RING, X, (3, 4))
+    assert ids == sorted(set(ids))
+
+
+@pytest.mark.parametrize("behaviour", [doubled, lambda n, a: _raw(n, HEADER, Y[:40])], ids=["at once", "within"])
+def test_a_closed_stream_is_unavailable(worker: GpuWorker, server: Server, behaviour: Behaviour) -> None:
+    server.behaviour, server.leave_after, server.leave = behaviour, True, behaviour is doubled
+    with pytest.raises(UnavailableError):
+        worker.call(RING, X, (3, 4))
+    server.leave = server.leave_after = False
+    server.behaviour = doubled
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN])
+def test_the_workers_status_text_goes_nowhere(worker: GpuWorker, server: Server, code: grpc.StatusCode) -> None:
+    server.abort = code
+    with pytest.raises(UnavailableError) as caught:
+        worker.call(RING, X, (3, 4))
+    assert PRIVATE not in str(caught.value)
+    assert caught.value.__cause__ is None
+    server.abort = None
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+def test_a_refused_load_is_unavailable_without_its_text(worker: GpuWorker, server: Server) -> None:
+    server.refuse_load = True
+    for attempt in (worker.connect, lambda: worker.call(RING, X, (3, 4))):
+        with pytest.raises(UnavailableError) as caught:
+            attempt()
+        assert PRIVATE not in str(caught.value)
+    server.refuse_load = False
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+def test_nobody_listening_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "CONNECT_SECONDS", 0.3)
+    worker = GpuWorker(f"unix:{tmp_path}/nobody", "tiny", pb.PRECISION_INT8)
+    with pytest.raises(UnavailableError, match="cannot be reached"):
+        worker.call(RING, X, (3, 4))
+    worker.expire()
+    worker.close()
+
+
+class Watch:
+    """Calls `expire` all the time, as the asyncio thread of the trusted worker does."""
+
+    def __init__(self, worker: GpuWorker) -> None:
+        self._worker, self._stop = worker, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            self._worker.expire()
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["before the answer", "within the answer"])
+def test_a_worker_that_hangs_misses_its_deadline(server: Server, after: int) -> None:
+    worker = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, seconds=0.3)
+    x = np.zeros((1, 600_000), np.int32)
+    server.hang, server.hang_after = True, after
+    started = time.monotonic()
+    with Watch(worker), pytest.raises(DeadlineError, match="in time"):
+        worker.call(RING, x, (1, 600_000))
+    assert time.monotonic() - started >= 0.3
+    server.hang = False
+    server.released.set()
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    worker.close()
+
+
+def test_expire_leaves_calls_within_their_deadline_alone(worker: GpuWorker, server: Server) -> None:
+    def slowly(number: int, array: codec.Array | None) -> Frames:
+        time.sleep(0.05)
+        return doubled(number, array)
+
+    server.behaviour = slowly
+    worker.expire()
+    with Watch(worker):
+        for _ in range(3):
+            assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert server.streams == 1
+
+
+def test_expire_of_an_idle_connection_does_nothing(server: Server) -> None:
+    worker = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, seconds=0.05)
+    worker.connect()
+    time.sleep(0.1)
+    worker.expire()
+    server.behaviour = doubled
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert server.streams == 1
+    worker.close()
+
+
+def test_a_restarted_worker_is_loaded_and_used_again(worker: GpuWorker, server: Server) -> None:
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    server.stop()
+    with pytest.raises(UnavailableError):
+        worker.call(RING, X, (3, 4))
+    server.start()
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert server.loads == ["tiny", "tiny"]
+
+
+def test_close_may_be_called_at_any_time(worker: GpuWorker) -> None:
+    worker.close()
+    worker.close()
+    worker.expire()
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    worker.close()
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+def test_a_tensor_that_cannot_travel_leaves_the_connection_usable(worker: GpuWorker) -> None:
+    with pytest.raises(CleaveError):
+        worker.call(RING, X.astype(np.float64), (3, 4))  # type: ignore[arg-type]
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()

@@ -1,0 +1,168 @@
+"""The int8 rule, row by row, and the linears that the rows of a checkpoint make up."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from wire.checkpoint import Checkpoint
+from wire.errors import CheckpointError
+from wire.linears import Linear, LinearSpec, all_specs, norm_names, read_bias, read_tiles, read_weight, spec
+from wire.model_config import ModelConfig
+from wire.quantize import quantize_rows
+
+CASES = settings(deadline=None, max_examples=100, derandomize=True)
+F32 = npt.NDArray[np.float32]
+TINY = float(np.finfo(np.float32).tiny)
+NAMES = ["llama", "llama-bf16-tied-sharded", "qwen2", "qwen2-f16-tied"]
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=finite)
+
+
+def _check_rule(weight: F32) -> None:
+    """Integers in range, the largest of each row at 127, and at most half a step of error."""
+    with np.errstate(all="raise", under="ignore"):
+        quantized, scale = quantize_rows(weight)
+    assert quantized.dtype == np.int8
+    assert scale.dtype == np.float32
+    assert scale.shape == (len(weight),)
+    wide, step = weight.astype(np.float64), scale.astype(np.float64)[:, None]
+    assert np.abs(quantized.astype(np.int64)).max() <= 127
+    assert np.isfinite(scale).all()
+    assert (scale >= 0).all()
+    error = np.abs(quantized * step - wide)
+    rounding = 127 * (2.0**-23 * step + 2.0**-150)  # of s_w itself, in float32
+    lost = np.where(step == 0, 1.001e-36, 0.0)  # rows so small that they count as zero
+    assert np.all(error <= step / 2 + 2 * rounding + lost)
+    for row, of in zip(quantized, step[:, 0], strict=True):
+        assert (np.abs(row.astype(np.int64)).max() == 127) == (of > 0)
+
+
+@given(matrices)
+@CASES
+def test_the_rule_holds_for_any_finite_weights(weight: F32) -> None:
+    _check_rule(weight)
+
+
+@pytest.mark.parametrize("exponent", [*range(-45, -29), -20, 0, 20, 38])
+def test_the_rule_holds_at_every_magnitude(exponent: int) -> None:
+    """From subnormal rows to the largest float32; 127 / peak must not overflow on the way."""
+    row = np.array([[1.0, -0.5, 0.0, 0.3], [-1.0, 0.9, 0.0, 0.0]]) * 10.0**exponent
+    _check_rule(row.astype(np.float32))
+
+
+@given(matrices, st.integers(1, 13))
+@CASES
+def test_tiles_of_any_number_of_rows_give_the_same_integers(weight: F32, rows: int) -> None:
+    with np.errstate(all="ignore"):
+        quantized, scale = quantize_rows(weight)
+        for first in range(0, len(weight), rows):
+            tile, part = quantize_rows(weight[first : first + rows])
+            assert (tile == quantized[first : first + rows]).all()
+            assert (part == scale[first : first + rows]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-45, TINY / 2])
+def test_zero_and_subnormal_rows_are_zero_with_scale_zero(value: float) -> None:
+    weight = np.ones((3, 4), np.float32)
+    weight[1] = value
+    quantized, scale = quantize_rows(weight)
+    assert not quantized[1].any()
+    assert scale[1] == 0
+    assert (quantized[[0, 2]] == 127).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    weight = np.ones((3, 4), np.float32)
+    weight[2, 1] = value
+    with pytest.raises(CheckpointError, match="not finite"):
+        quantize_rows(weight)
+
+
+def test_the_largest_negative_weight_is_minus_127() -> None:
+    quantized, scale = quantize_rows(np.array([[-2.54, 1.27, 0.01]], np.float32))
+    assert quantized.tolist() == [[-127, 64, 0]]
+    assert scale[0] == pytest.approx(0.02)
+
+
+def _parts(config: ModelConfig, layer: int, linear: Linear) -> list[str]:
+    prefix = f"model.layers.{layer}"
+    return {
+        Linear.QKV: [f"{prefix}.self_attn.{p}_proj" for p in "qkv"],
+        Linear.O: [f"{prefix}.self_attn.o_proj"],
+        Linear.GATE_UP: [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
+        Linear.DOWN: [f"{prefix}.mlp.down_proj"],
+        Linear.LM_HEAD: ["model.embed_tokens" if config.tied else "lm_head"],
+    }[linear]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_linears_are_the_tensors_of_the_checkpoint_one_below_the_other(
+    model_folder: Callable[[str], Path], name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(name)
+    config, checkpoint = ModelConfig.from_hf(folder), Checkpoint(folder)
+    state = AutoModelForCausalLM.from_pretrained(folder).float().state_dict()
+    for one in all_specs(config):
+        parts = _parts(config, one.layer, one.linear)
+        expected = np.concatenate([state[f"{part}.weight"].numpy() for part in parts])
+        assert (one.n, one.k) == expected.shape
+        assert (read_weight(checkpoint, one) == expected).all()
+        bias = read_bias(checkpoint, one)
+        if f"{parts[0]}.bias" in state:
+            assert bias is not None
+            assert (bias == np.concatenate([state[f"{part}.bias"].numpy() for part in parts])).all()
+        else:
+            assert bias is None
+    for layer in range(config.layers):
+        assert all(tensor in state for tensor in norm_names(layer))
+
+
+def test_every_linear_is_named_once_in_the_order_of_a_forward_pass(model_folder: Callable[[str], Path]) -> None:
+    config = ModelConfig.from_hf(model_folder("llama"))
+    specs = all_specs(config)
+    block = [Linear.QKV, Linear.O, Linear.GATE_UP, Linear.DOWN]
+    expected = [(layer, linear) for layer in range(config.layers) for linear in block]
+    assert [(s.layer, s.linear) for s in specs] == [*expected, (0, Linear.LM_HEAD)]
+    assert len(set(specs)) == len(specs)
+    assert specs == [spec(config, s.layer, s.linear) for s in specs]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 10_000])
+def test_tiles_cover_a_linear_and_never_span_two_tensors(model_folder: Callable[[str], Path], rows: int) -> None:
+    folder = model_folder("llama-bf16-tied-sharded")
+    checkpoint = Checkpoint(folder)
+    for one in all_specs(ModelConfig.from_hf(folder))[:4]:
+        ends = set(np.cumsum([part.rows for part in one.parts]).tolist())
+        end, tiles = 0, []
+        for first, tile in read_tiles(checkpoint, one, rows):
+            assert first == end
+            end += len(tile)
+            assert len(tile) == rows or end in ends
+            tiles.append(tile)
+        assert end == one.n
+        assert (np.concatenate(tiles) == read_weight(checkpoint, one)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantising_tile_by_tile_gives_the_integers_of_the_whole_linear(
+    model_folder: Callable[[str], Path], name: str
+) -> None:
+    folder = model_folder(name)
+    checkpoint = Checkpoint(folder)
+    one: LinearSpec = all_specs(ModelConfig.from_hf(folder))[0]
+    whole, scale = quantize_rows(read_weight(checkpoint, one))
+    for rows in (1, 5, 50):
+        for first, tile in read_tiles(checkpoint, one, rows):
+            quantized, part = quantize_rows(tile)
+            assert (quantized == whole[first : first + len(tile)]).all()
+            assert (part == scale[first : first + len(tile)]).all()
