@@ -23,6 +23,7 @@ from wire.errors import CleaveError, ExhaustedError, PreconditionError, Unavaila
 
 T = TypeVar("T")
 GRACE_SECONDS = 0.002  # an idle tile starts only after this long without work
+RETRY_SECONDS = 1.0  # after an error in idle work
 MAX_SESSIONS = 64
 
 log = logging.getLogger(__name__)
@@ -128,8 +129,10 @@ class Engine(threading.Thread):
         except queue.Empty:
             pass
         while self._commands.empty():
-            if not self._guard(scheme.idle, []):
-                self._commands.get()()
+            did = self._guard(scheme.idle, [])
+            if not did:  # nothing to do; or an error, and then another try after a while
+                with contextlib.suppress(queue.Empty):
+                    self._commands.get(timeout=None if did is False else RETRY_SECONDS)()
                 return
 
     def _step(self, scheme: Runner) -> bool:

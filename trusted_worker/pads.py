@@ -153,14 +153,17 @@ class Pad:
 
     def __init__(self, bank: Bank, index: int, slot: int) -> None:
         self._bank, self.index, self._slot = bank, index, slot
+        self._burnt = False
 
     def open(self, spec: LinearSpec, out: Any) -> None:
         """u of one linear into out int32[n]. Raises VerificationError."""
         self._bank.open(spec, self.index, self._slot, out)
 
     def burn(self) -> None:
-        """Give the slot back; the index is never used again."""
-        self._bank.release(self._slot)
+        """Give the slot back; the index is never used again. A second call does nothing."""
+        if not self._burnt:
+            self._burnt = True
+            self._bank.release(self._slot)
 
 
 def row_bytes(specs: list[LinearSpec]) -> int:

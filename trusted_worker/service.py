@@ -19,7 +19,7 @@ from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.session import MAX_FRAME_TOKENS, Session
 from trusted_worker.weights import Weights
 from wire.checkpoint import Checkpoint
-from wire.errors import ContextError, ExhaustedError, PreconditionError, UnauthenticatedError
+from wire.errors import ContextError, ExhaustedError, PreconditionError, UnauthenticatedError, UnavailableError
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2
 from wire.v1 import trusted_worker_pb2 as pb
@@ -79,6 +79,7 @@ class Service:
         """End a session; one that is gone already is fine."""
         session = self._sessions.pop(name, None)
         if session is not None:
+            session.fail(UnavailableError("the session was closed"))
             self.engine.remove(session)
 
     def expire(self, name: bytes) -> None:

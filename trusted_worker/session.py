@@ -11,7 +11,7 @@ from collections.abc import Callable
 from trusted_worker.arithmetic import F32
 from trusted_worker.kv_cache import Cache
 from trusted_worker.sampling import Sampler
-from wire.errors import CleaveError, ContextError, InvalidArgumentError
+from wire.errors import CleaveError, ContextError, InvalidArgumentError, UnauthenticatedError
 from wire.model_config import ModelConfig
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -54,6 +54,8 @@ class Session:
 
     def feed(self, ids: list[int], credit: int, end_turn: bool) -> None:
         """A client's frame. Raises InvalidArgumentError or ContextError; the session lives on unchanged then."""
+        if self.dead:
+            raise UnauthenticatedError("no such session")
         if len(ids) > MAX_FRAME_TOKENS:
             raise InvalidArgumentError(f"a frame holds at most {MAX_FRAME_TOKENS} tokens")
         if any(token >= self._config.vocabulary for token in ids):

@@ -51,9 +51,14 @@ class Checkpoint:
                 "(config.json and *.safetensors); model names of a hub are not downloaded"
             )
         self._tensors: dict[str, TensorInfo] = {}
-        self._files = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in _shards(folder)]
-        for file, path in zip(self._files, _shards(folder), strict=True):
-            self._tensors |= _read_header(file, path)
+        self._files: list[int] = []
+        try:
+            for path in _shards(folder):
+                self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._tensors |= _read_header(self._files[-1], path)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the files; reads fail afterwards."""

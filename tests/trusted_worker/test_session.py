@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.trusted_worker.fakes import EOS, VOCABULARY, Client, logits_for
 from trusted_worker.session import MAX_FRAME_TOKENS
-from wire.errors import ContextError, InvalidArgumentError, UnavailableError
+from wire.errors import CleaveError, ContextError, InvalidArgumentError, UnavailableError
 from wire.v1 import trusted_worker_pb2 as pb
 
 
@@ -225,6 +225,16 @@ def test_a_failed_session_says_so_once_and_is_wiped() -> None:
     assert client.session.dead
     assert client.session.rows == 0
     assert client.cache.freed == 1
+    assert not client.session._tokens
+    assert not client.session._pending
+
+
+def test_a_dead_session_takes_no_more_tokens_and_says_so() -> None:
+    """A stream outlives a session that another call closed: its client must not wait for ever, nor tokens stay."""
+    client = Client()
+    client.session.close()
+    with pytest.raises(CleaveError):
+        client.session.feed([1, 2], 1, end_turn=False)
     assert not client.session._tokens
     assert not client.session._pending
 
