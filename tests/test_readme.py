@@ -16,7 +16,7 @@ from client import flags
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-FOLDERS = ("proto", "wire", "trusted_worker", "gpu_worker", "client", "deploy", "models", "docs")
+FOLDERS = ("proto", "wire", "trusted_worker", "gpu_worker", "client", "deploy", "evaluation", "models", "docs")
 
 _FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`\n]+)`")
