@@ -9,12 +9,11 @@ import numpy.typing as npt
 import pytest
 
 from tests.conftest import Rig, build, one_run
-from tests.simulators.workers import CheatingWorker
+from tests.simulators.workers import CheatingWorker, Words
 from trusted_worker import arithmetic
 from trusted_worker.verification import PRIME
 from wire.errors import VerificationError
 
-Words = npt.NDArray[np.int32]
 Cheat = Callable[[Words, Words], Words]
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 300, 8)]
 RANDOM = np.random.default_rng()

@@ -12,6 +12,8 @@ from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
 
+Words = npt.NDArray[np.int32]
+
 
 class HonestWorker:
     """Ring and ordinary products in int64 and float32 numpy: slow, and right by inspection."""
@@ -64,7 +66,7 @@ class RecordingWorker(HonestWorker):
 class CheatingWorker(HonestWorker):
     """Honest until `cheat` is set: then every answer passes through it, `(answer, previous answer) -> answer`."""
 
-    cheat: Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], npt.NDArray[np.int32]] | None = None
+    cheat: Callable[[Words, Words], Words] | None = None
 
     def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
         """See schemes.base.Worker."""

@@ -2,9 +2,11 @@
 
 from typing import Protocol
 
-from trusted_worker.arithmetic import F32
-from trusted_worker.kv_cache import Cache
-from trusted_worker.model import Batch
+from trusted_worker.arithmetic import F32, I32, Bound
+from trusted_worker.kv_cache import Cache, KVCache
+from trusted_worker.model import Batch, Decoder
+from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.weights import Weights
 from wire import codec
 from wire.linears import LinearSpec
 from wire.v1 import gpu_worker_pb2 as pb
@@ -47,6 +49,37 @@ class Scheme(Protocol):
     def counters(self) -> dict[str, int]:
         """Fields of StatsResponse that only this scheme knows."""
         ...
+
+
+class InsideDecoder:
+    """What split, tee-only and secure-infer share: the decoder runs here, and only `product` differs."""
+
+    def __init__(self, weights: Weights, memory: SecureMemory, scratch: Scratch) -> None:
+        self._weights, self._memory, self._scratch = weights, memory, scratch
+        self._decoder = Decoder(weights, scratch)
+
+    def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+        """One linear for some rows of the batch. See model.Product."""
+        raise NotImplementedError
+
+    def open(self, tokens: int) -> KVCache:
+        """A cache in the arena."""
+        return KVCache(self._memory, self._weights.config, tokens)
+
+    def forward(self, batch: Batch) -> F32:
+        """See Scheme."""
+        return self._decoder.forward(batch, self.product)
+
+    def idle(self) -> bool:
+        """Nothing to prepare."""
+        return False
+
+    def distrust(self) -> None:
+        """There is no secret that the worker could have learnt something about."""
+
+    def bounds(self) -> dict[LinearSpec, Bound]:
+        """What step 1 needs to know of each linear. One pass over the weights."""
+        return {spec: Bound(spec.k, self._weights.row_square(spec)) for spec in self._weights.specs}
 
 
 def ring_matmul(spec: LinearSpec) -> pb.Operation:

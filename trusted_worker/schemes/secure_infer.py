@@ -26,11 +26,10 @@ from typing import Literal
 import numpy as np
 
 from trusted_worker import arithmetic
-from trusted_worker.arithmetic import F32, I32, Bound
-from trusted_worker.kv_cache import KVCache
-from trusted_worker.model import Batch, Decoder
+from trusted_worker.arithmetic import F32, I32
+from trusted_worker.model import Batch
 from trusted_worker.pads import Bank, Pad, PadSource, Refill
-from trusted_worker.schemes.base import Worker, ring_matmul
+from trusted_worker.schemes.base import InsideDecoder, Worker, ring_matmul
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.verification import Verifier
 from trusted_worker.weights import Weights
@@ -40,7 +39,7 @@ from wire.linears import LinearSpec
 Prefill = Literal["auto", "inside", "worker"]
 
 
-class SecureInfer:
+class SecureInfer(InsideDecoder):
     """The scheme. Rows with a pad go to the worker, the others are computed inside."""
 
     def __init__(
@@ -53,27 +52,25 @@ class SecureInfer:
         bank: Bank,
         prefill: Prefill,
     ) -> None:
+        super().__init__(weights, memory, scratch)
+        self._worker, self._source, self._bank, self._prefill = worker, source, bank, prefill
         weights.load_linears()
-        self._weights, self._memory, self._scratch, self._worker = weights, memory, scratch, worker
-        self._source, self._bank, self._prefill = source, bank, prefill
-        self._decoder = Decoder(weights, scratch)
-        self._bounds = {spec: Bound(spec.k, weights.row_square(spec)) for spec in weights.specs}
+        self._bounds = self.bounds()
         self._verifier = Verifier(memory, weights.specs)
         self._prepare()
         self._refill = Refill(source, bank, weights, memory)
         self._pads: list[Pad] = []
         self._issued = self._verified = self._failed = self._inside = 0
 
-    def open(self, tokens: int) -> KVCache:
-        """A cache in the arena."""
-        return KVCache(self._memory, self._weights.config, tokens)
-
     def forward(self, batch: Batch) -> F32:
         """See base.Scheme. Pads go to the first rows of the batch; all of them are spent, also when this raises."""
         self._pads = self._take(batch)
         self._issued += len(self._pads)
         try:
-            return self._decoder.forward(batch, self._product)
+            return super().forward(batch)
+        except VerificationError:
+            self._failed += len(self._pads)
+            raise
         finally:
             for pad in self._pads:
                 pad.burn()
@@ -120,7 +117,8 @@ class SecureInfer:
         taken = (self._bank.take() for _ in range(min(wanted, len(batch.ids))))
         return [pad for pad in taken if pad is not None]
 
-    def _product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+    def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+        """See model.Product."""
         scratch = self._scratch
         x_q, x_scale = arithmetic.quantize(x, self._bounds[spec], scratch)  # (1)
         y_q: I32 = scratch.empty((len(x), spec.n), np.int32)
@@ -147,6 +145,5 @@ class SecureInfer:
             pad.open(spec, y_q[row])
         np.subtract(masked, y_q, out=y_q)
         if not self._verifier.accepts(spec, x_q, y_q):  # (5)
-            self._failed += len(pads)
             raise VerificationError
         self._verified += len(pads)

@@ -8,51 +8,37 @@ int8 sends the bare x_q of secure-infer's step 1 through the same ring product, 
 import numpy as np
 
 from trusted_worker import arithmetic
-from trusted_worker.arithmetic import F32, I32, Bound
-from trusted_worker.kv_cache import KVCache
-from trusted_worker.model import Batch, Decoder
-from trusted_worker.schemes.base import Worker, matmul, ring_matmul
+from trusted_worker.arithmetic import F32, I32
+from trusted_worker.schemes.base import InsideDecoder, Worker, matmul, ring_matmul
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.linears import LinearSpec
 
 
-class Split:
+class Split(InsideDecoder):
     """Linears on the GPU worker in the clear, everything else here."""
 
     def __init__(self, weights: Weights, memory: SecureMemory, scratch: Scratch, worker: Worker, int8: bool) -> None:
-        self._weights, self._memory, self._scratch, self._worker = weights, memory, scratch, worker
-        self._decoder = Decoder(weights, scratch)
-        self._product = self._int8 if int8 else self._float32
+        super().__init__(weights, memory, scratch)
+        self._worker = worker
         if int8:
             weights.load_linears()
-        self._bounds = {s: Bound(s.k, weights.row_square(s)) for s in weights.specs} if int8 else {}
+        self._bounds = self.bounds() if int8 else {}
 
-    def open(self, tokens: int) -> KVCache:
-        """A cache in the arena."""
-        return KVCache(self._memory, self._weights.config, tokens)
-
-    def forward(self, batch: Batch) -> F32:
-        """See base.Scheme."""
-        return self._decoder.forward(batch, self._product)
-
-    def idle(self) -> bool:
-        """Nothing to prepare."""
-        return False
-
-    def distrust(self) -> None:
-        """The form of an answer was wrong; there is no secret to renew."""
+    def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+        """See model.Product."""
+        return self._int8(spec, x) if self._bounds else self._float32(spec, x)
 
     def counters(self) -> dict[str, int]:
         """See base.Scheme."""
         return {}
 
-    def _float32(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
-        y: F32 = self._worker.call(matmul(spec), x, (len(rows), spec.n))  # type: ignore[assignment]  # dtype is checked
+    def _float32(self, spec: LinearSpec, x: F32) -> F32:
+        y: F32 = self._worker.call(matmul(spec), x, (len(x), spec.n))  # type: ignore[assignment]  # dtype is checked
         bias = self._weights.bias[spec]
         return y if bias is None else np.add(y, bias, out=y)
 
-    def _int8(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+    def _int8(self, spec: LinearSpec, x: F32) -> F32:
         x_q, x_scale = arithmetic.quantize(x, self._bounds[spec], self._scratch)
-        y_q: I32 = self._worker.call(ring_matmul(spec), x_q, (len(rows), spec.n))  # type: ignore[assignment]
+        y_q: I32 = self._worker.call(ring_matmul(spec), x_q, (len(x), spec.n))  # type: ignore[assignment]
         return arithmetic.dequantize(y_q, x_scale, self._weights.scale[spec], self._weights.bias[spec], self._scratch)

@@ -8,57 +8,42 @@ results of the two are the same, bit for bit.
 import numpy as np
 
 from trusted_worker import arithmetic
-from trusted_worker.arithmetic import F32, I32, Bound
-from trusted_worker.kv_cache import KVCache
-from trusted_worker.model import Batch, Decoder
+from trusted_worker.arithmetic import F32, I32
+from trusted_worker.schemes.base import InsideDecoder
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.linears import LinearSpec
 
 
-class TeeOnly:
+class TeeOnly(InsideDecoder):
     """Every product computed inside, from resident or streamed weights."""
 
     def __init__(self, weights: Weights, memory: SecureMemory, scratch: Scratch, int8: bool) -> None:
+        super().__init__(weights, memory, scratch)
         weights.load_linears()
-        self._weights, self._memory, self._scratch = weights, memory, scratch
-        self._decoder = Decoder(weights, scratch)
-        self._product = self._int8 if int8 else self._float32
-        self._bounds = {s: Bound(s.k, weights.row_square(s)) for s in weights.specs} if int8 else {}
+        self._bounds = self.bounds() if int8 else {}
         self._inside = 0
 
-    def open(self, tokens: int) -> KVCache:
-        """A cache in the arena."""
-        return KVCache(self._memory, self._weights.config, tokens)
-
-    def forward(self, batch: Batch) -> F32:
-        """See base.Scheme."""
-        return self._decoder.forward(batch, self._product)
-
-    def idle(self) -> bool:
-        """Nothing to prepare."""
-        return False
-
-    def distrust(self) -> None:
-        """Nobody to distrust."""
+    def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+        """See model.Product."""
+        self._inside += len(rows)
+        return self._int8(spec, x) if self._bounds else self._float32(spec, x)
 
     def counters(self) -> dict[str, int]:
         """See base.Scheme."""
         return {"products_inside": self._inside}
 
-    def _float32(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+    def _float32(self, spec: LinearSpec, x: F32) -> F32:
         y: F32 = self._scratch.empty((len(x), spec.n), np.float32)
         for first, tile in self._weights.tiles(spec):
             np.matmul(x, tile.T, out=y[:, first : first + len(tile)])
         bias = self._weights.bias[spec]
         if bias is not None:
             y += bias
-        self._inside += len(rows)
         return y
 
-    def _int8(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
+    def _int8(self, spec: LinearSpec, x: F32) -> F32:
         x_q, x_scale = arithmetic.quantize(x, self._bounds[spec], self._scratch)
         y_q: I32 = self._scratch.empty((len(x), spec.n), np.int32)
         arithmetic.exact_product(x_q.astype(np.float64), self._weights.tiles(spec), y_q)
-        self._inside += len(rows)
         return arithmetic.dequantize(y_q, x_scale, self._weights.scale[spec], self._weights.bias[spec], self._scratch)
