@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,20 @@ def test_every_byte_that_the_gpu_worker_received(
     assert np.array(PROMPT, "<i4").tobytes() not in received
     whole_rows = [request.data[start : start + 64] for request in requests for start in range(0, len(request.data), 64)]
     assert len(set(whole_rows)) == len(whole_rows)
+
+
+def test_sessions_side_by_side_say_what_they_say_alone(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Six clients at once, prompts of different lengths, longer than a step too."""
+    folder = model_folder("llama")
+    prompts = [(PROMPT * 8)[: 1 + 18 * number] for number in range(6)]
+    with workers(folder, tmp_path) as (_, address):
+        talk = Talk(address, folder.name)
+        alone = [talk.say(prompt, 12) for prompt in prompts]
+        with ThreadPoolExecutor(len(prompts)) as clients:
+            together = list(clients.map(lambda prompt: Talk(address, folder.name).say(prompt, 12), prompts))
+        assert together == alone
+        assert talk.stats().sessions == 0
+        assert talk.stats().pads_reused == 0
 
 
 def copy(response: gpu.ExecuteResponse, **fields: Any) -> gpu.ExecuteResponse:
