@@ -10,7 +10,7 @@ from trusted_worker.config import parse
 from wire.errors import CleaveError
 from wire.lifetime import die_with_parent
 
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+_PRCTL = {"not dumpable": (4, 0), "no new privileges": (38, 1)}  # PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS
 
 
 def main() -> None:
@@ -35,8 +35,9 @@ def _harden() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        for name, (option, value) in _PRCTL.items():
+            if libc.prctl(option, value, 0, 0, 0) != 0:
+                logging.warning("the kernel refused: %s", name)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Builds the scheme that the settings name, opens sessions on it, and counts. Compute thread only, but for `stats`."""
 
+import logging
 import secrets
 from typing import cast
 
@@ -24,6 +25,8 @@ from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2
 from wire.v1 import trusted_worker_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 MAX_ROWS = 64  # rows of one step, when the budget allows
 DEFAULT_CONTEXT = 2048  # tokens of a session whose client names no number; less when they do not fit
 SMALL_CONTEXT = 256
@@ -39,6 +42,7 @@ class Service:
         self.config = ModelConfig.from_hf(settings.model)
         self._precision = _PRECISIONS[settings.precision]
         self._memory = SecureMemory(settings.memory_budget)
+        log.info("secure memory: %d bytes, %s", settings.memory_budget, self._memory.protections)
         self.worker = GpuWorker(settings.gpu_worker, self.config.name, self._precision, settings.step_seconds)
         self._scheme: Scheme | None = None
         self._sessions: dict[bytes, Session] = {}

@@ -1,6 +1,8 @@
 """The demo model: it loads, it answers, and it answers the same through Cleave. The first thing a newcomer meets."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,29 @@ def test_float32_schemes_say_what_transformers_says(reference: tuple[Any, Any], 
         assert np.abs(rig.logits(ids, [len(ids)]) - logits).max() <= 1e-4 * np.abs(logits).max()
         expected = model.generate(**inputs, do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None)
         assert rig.greedy(ids, 64) == expected[0, len(ids) :].tolist()
+
+
+def test_plain_says_what_transformers_says_over_the_command_line(reference: tuple[Any, Any]) -> None:
+    model, tokenizer = reference
+    flags = [
+        "--prompt",
+        QUESTIONS[0],
+        "--scheme",
+        "plain",
+        "--precision",
+        "float32",
+        "--max-new-tokens",
+        "64",
+        "--json",
+    ]
+    command = [sys.executable, "-m", "client", "chat", *flags]
+    done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, timeout=120, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+    assert said["token_ids"] == expected.tolist()
+    assert said["text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_secure_infer_equals_split_bit_for_bit() -> None:
