@@ -21,7 +21,7 @@ from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import tensor_pb2
 
 if TYPE_CHECKING:
-    from gpu_worker.worker import Model
+    from gpu_worker.model import Model
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_plain_says_what_transformers_says_over_the_command_line(reference: tupl
     said = json.loads(done.stdout.splitlines()[-1])
     chat = [{"role": "user", "content": QUESTIONS[0]}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    expected = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
     assert said["token_ids"] == expected.tolist()
     assert said["text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
