@@ -159,8 +159,8 @@ def contract(question: str, rng: random.Random) -> str:
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """Return a light variation of the question: another frame or word, a slip, other capitals or stops."""
-    if rng.random() < 0.35:
+    """Return a light variation of the question: another frame, another word, an opener, a slip."""
+    if rng.random() < 0.3:
         question = reframe(question, rng)
     if rng.random() < 0.25:
         question = contract(question, rng)
@@ -168,24 +168,10 @@ def vary(question: str, rng: random.Random) -> str:
         question = swap_synonym(question, rng)
     if rng.random() < 0.12:
         question = drop_small_word(question, rng)
-    if rng.random() < 0.12:
+    if rng.random() < 0.08:
         question = misspell(question, rng)
     if rng.random() < 0.12:
         question = rng.choice(OPENERS) + question
     if rng.random() < 0.06:
         question = question.rstrip("?.! ") + rng.choice(CLOSERS)
-    return set_style(question, rng)
-
-
-def set_style(question: str, rng: random.Random) -> str:
-    """Choose capitals and the final stop at random."""
-    bare = question.rstrip("?.! ")
-    kept = question[len(bare) :].strip()
-    style = rng.random()
-    if style < 0.45:
-        bare = bare.lower()
-    elif style < 0.90:
-        bare = bare[:1].upper() + bare[1:]
-    elif style < 0.92:
-        bare = bare.upper()
-    return bare + rng.choice(("", "", "?", "?", kept, kept, "!" if kept == "!" else "?"))
+    return question

@@ -27,12 +27,13 @@ from models.demo.corpus import FOLDER, Exchange, normalise, read_held_out, read_
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] | trim }}<|end|>"
+    "{% if message['role'] == 'user' %}<|user|> {{ message['content'] | lower | replace('?', '') | trim }}<|end|>"
     "{% elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] | trim }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 IGNORED = -100
-LENGTHS = (64, 64, 96, 128, 192, 256, 512, 1024)
+LENGTHS = (24, 24, 24, 24, 24, 24, 64, 64, 128, 256, 512, 1024)
+ROUTING_LAYER = 4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,16 +41,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; keep it outside git")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens in a batch")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--muon-rate", type=float, default=0.01)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=0.0, help="stop (to be continued) after this time; 0: never")
     return parser.parse_args()
+
+
+def write_question(question: str) -> str:
+    """Write a question as the chat template does: in lower case, without question marks, after one space."""
+    return " " + question.lower().replace("?", "").strip()
 
 
 def train_tokenizer(exchanges: list[Exchange], vocabulary: int) -> Tokenizer:
@@ -63,7 +69,7 @@ def train_tokenizer(exchanges: list[Exchange], vocabulary: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = [line for one in exchanges for line in (*one.questions, *(q.lower() for q in one.questions), one.answer)]
+    lines = [line for one in exchanges for line in (*map(write_question, one.questions), one.answer)]
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
@@ -111,6 +117,33 @@ def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
     model.model.embed_tokens.register_forward_hook(drop)
 
 
+class Learner(nn.Module):
+    """The model, and a head that says at the start of an answer which exchange it belongs to.
+
+    The head reads a middle layer. It teaches the lower layers to tell questions apart, which the loss on the answers
+    alone teaches slowly, and it is thrown away after training.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, exchanges: int) -> None:
+        super().__init__()
+        self.model = model
+        self.router = nn.Sequential(
+            nn.RMSNorm(model.config.hidden_size), nn.Linear(model.config.hidden_size, exchanges)
+        )
+
+    def forward(self, ids: Tensor, labels: Tensor, routes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss per answer token, and the loss of the head per answer."""
+        out = self.model.model(input_ids=ids[:, :-1], use_cache=False, output_hidden_states=True)
+        learnt, starts = labels[:, 1:] != IGNORED, routes[:, :-1] != IGNORED
+        logits = self.model.lm_head(out.last_hidden_state[learnt])
+        routed = self.router(out.hidden_states[ROUTING_LAYER][starts])
+        cross_entropy = nn.functional.cross_entropy
+        return (
+            cross_entropy(logits.float(), labels[:, 1:][learnt]),
+            cross_entropy(routed.float(), routes[:, :-1][starts], label_smoothing=0.05),
+        )
+
+
 class Batches:
     """Makes the batch of any step: conversations of random exchanges with varied questions."""
 
@@ -127,40 +160,38 @@ class Batches:
         varied = vary(plain, rng)
         return plain if normalise(varied) in self.held_out else varied
 
-    def turn(self, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Return ids and labels of one exchange: only the answer and its end are learnt."""
-        exchange = rng.choices(self.exchanges, self.weights)[0]
-        asked = self.tokenizer.encode(self.question(exchange, rng)).ids
+    def turn(self, rng: random.Random) -> list[tuple[int, int, int]]:
+        """Return one exchange as (id, label, route): answer and end are learnt, the start of the answer is routed."""
+        index = rng.choices(range(len(self.exchanges)), self.weights)[0]
+        exchange = self.exchanges[index]
+        asked = self.tokenizer.encode(write_question(self.question(exchange, rng))).ids
         answered = [*self.tokenizer.encode(exchange.answer).ids, self.end]
-        start = [self.user, *asked, self.end, self.assistant]
-        return start + answered, [IGNORED] * len(start) + answered
+        start = [(one, IGNORED, IGNORED) for one in (self.user, *asked, self.end)]
+        return [*start, (self.assistant, IGNORED, index), *((one, one, IGNORED) for one in answered)]
 
-    def conversation(self, length: int, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Return turns that fill at most the length."""
-        ids, labels = self.turn(rng)
+    def conversation(self, length: int, rng: random.Random) -> list[tuple[int, int, int]]:
+        """Return turns that fill at most the length; a single turn may be cut off."""
+        turns = self.turn(rng)
         while True:
-            more_ids, more_labels = self.turn(rng)
-            if len(ids) + len(more_ids) > length:
-                return ids[:length], labels[:length]
-            ids, labels = ids + more_ids, labels + more_labels
+            more = self.turn(rng)
+            if len(turns) + len(more) > length:
+                return [*turns[:length], *[(0, IGNORED, IGNORED)] * (length - len(turns))]
+            turns += more
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return (ids, labels) of one step, padded on the right."""
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (ids, labels, routes) of one step, padded on the right."""
         rng = random.Random(self.seed * 1_000_003 + step)
         length = rng.choice(LENGTHS)
         rows = [self.conversation(length, rng) for _ in range(self.tokens // length)]
-        ids, labels = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
-        for row, (row_ids, row_labels) in enumerate(rows):
-            ids[row, : len(row_ids)] = torch.tensor(row_ids)
-            labels[row, : len(row_labels)] = torch.tensor(row_labels)
-        return ids, labels
+        ids, labels, routes = torch.tensor(rows).unbind(dim=2)
+        return ids, labels, routes
 
 
-def make_optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+def make_optimizers(learner: Learner, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding, the norms and the head."""
+    matrices = [p for p in learner.model.model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in known]
+    others = [p for p in learner.parameters() if id(p) not in known]
     muon = torch.optim.Muon(matrices, lr=args.muon_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     return [muon, adam]
@@ -172,19 +203,16 @@ def rate_at(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def take_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], ids: Tensor, labels: Tensor) -> float:
-    """Learn one batch; return the loss per answer token."""
+def take_step(learner: Learner, optimizers: list[torch.optim.Optimizer], batch: tuple[Tensor, ...]) -> Tensor:
+    """Learn one batch; return the loss per answer token and the loss of the head."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        learnt = labels[:, 1:] != IGNORED
-        logits = model.lm_head(hidden[learnt])
-    loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][learnt])
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss, routing_loss = learner(*batch)
+    (loss + 0.5 * routing_loss).backward()
+    nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+    return torch.stack((loss, routing_loss)).detach()
 
 
 def save_checkpoint(path: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -205,26 +233,26 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
     return int(state["step"])
 
 
-def train(model: LlamaForCausalLM, batches: Batches, args: argparse.Namespace) -> bool:
+def train(learner: Learner, batches: Batches, args: argparse.Namespace) -> bool:
     """Train to the last step, or for the minutes given; return whether the last step was reached."""
-    optimizers, path = make_optimizers(model, args), args.work / "checkpoint.pt"
+    optimizers, path = make_optimizers(learner, args), args.work / "checkpoint.pt"
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    first, began, mean = load_checkpoint(path, model, optimizers), time.monotonic(), math.nan
-    model.train()
+    first, began, mean = load_checkpoint(path, learner, optimizers), time.monotonic(), None
+    learner.train()
     for step in range(first, args.steps):
         torch.manual_seed(args.seed * 1_000_003 + step)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(step, args.steps)
-        loss = take_step(model, optimizers, *batches(step))
-        mean = loss if math.isnan(mean) else 0.98 * mean + 0.02 * loss
+        loss = take_step(learner, optimizers, batches(step))
+        mean = loss if mean is None else 0.98 * mean + 0.02 * loss
         late = args.minutes > 0 and time.monotonic() - began > 60 * args.minutes
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{args.steps} loss {mean:.4f} {time.monotonic() - began:.0f} s", flush=True)
+            print(f"step {step + 1} loss {mean[0]:.4f} head {mean[1]:.4f} {time.monotonic() - began:.0f} s", flush=True)
         if (step + 1) % 250 == 0 or late:
-            save_checkpoint(path, step + 1, model, optimizers)
+            save_checkpoint(path, step + 1, learner, optimizers)
         if late:
             return False
-    save_checkpoint(path, args.steps, model, optimizers)
+    save_checkpoint(path, args.steps, learner, optimizers)
     return True
 
 
@@ -254,7 +282,7 @@ def main() -> None:
     add_dropout(model, args.dropout)
     questions = sum(len(one.questions) for one in exchanges)
     print(f"{len(exchanges)} exchanges, {questions} questions, {model.num_parameters():,} parameters", flush=True)
-    if train(model, Batches(exchanges, tokenizer, args.tokens, args.seed), args):
+    if train(Learner(model, len(exchanges)), Batches(exchanges, tokenizer, args.tokens, args.seed), args):
         save_model(model, tokenizer, args.out)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from gpu_worker.cache import CacheBudget, CacheStore
 from gpu_worker.decoder import Decoder
-from gpu_worker.worker import Model
+from gpu_worker.model import Model
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError
 from wire.linears import Linear, read_weight, spec
