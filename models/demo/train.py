@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; keep it outside git")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--muon-rate", type=float, default=0.01)
@@ -264,10 +264,13 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None
     model.bfloat16().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     wrap_tokenizer(tokenizer, model.config.max_position_embeddings).save_pretrained(out)
-    path = out / "config.json"
-    config = json.loads(path.read_text())
-    config.update(rope_theta=10000.0, torch_dtype="bfloat16")
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    amend(out / "config.json", rope_theta=10000.0, torch_dtype="bfloat16")
+    amend(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def amend(path: Path, **fields: float | str) -> None:
+    """Add fields to a JSON file, in the form that older readers of the Hugging Face layout expect."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
