@@ -15,6 +15,7 @@ from numba import njit, prange
 
 BLOCK = 32  # outputs of one parallel task; a multiple of every tile's width
 LINE = 64  # bytes, and so weights, of a cache line
+SMALL = 1 << 20  # multiplications below which waking another core costs more than it saves
 DEPTH = 1216  # inputs at a time, so that a tile's rows stay in the first cache
 
 
@@ -102,7 +103,6 @@ def _fetch(w, o0, o1, k0, k1):  # type: ignore[no-untyped-def]
     return seen
 
 
-@_kernel(parallel=True)
 def _product(z, w, y):  # type: ignore[no-untyped-def]
     m, k = z.shape
     n = len(w)
@@ -121,6 +121,10 @@ def _product(z, w, y):  # type: ignore[no-untyped-def]
     return seen  # or the compiler would leave the fetching out
 
 
+_on_one_core = _kernel()(_product)  # prange is range there
+_on_all_cores = _kernel(parallel=True)(_product)
+
+
 def matmul(z: npt.NDArray[Any], w: npt.NDArray[np.int8]) -> npt.NDArray[Any]:
     """z[m, k] of int32 or float32, w int8[n, k], both C-contiguous -> z.w^T as [m, n] of z's type.
 
@@ -131,7 +135,8 @@ def matmul(z: npt.NDArray[Any], w: npt.NDArray[np.int8]) -> npt.NDArray[Any]:
     if z.dtype not in (np.int32, np.float32) or not (z.flags.c_contiguous and w.flags.c_contiguous):
         raise ValueError("operands have the wrong type or layout")
     y = np.empty((len(z), len(w)), z.dtype)
-    _product(z, w, y)
+    small = len(z) * w.size < SMALL
+    (_on_one_core if small else _on_all_cores)(z, w, y)
     return y
 
 
@@ -139,3 +144,4 @@ def warm_up() -> None:
     """Compile for both types, or fetch from disk: seconds the first time on a machine, else milliseconds."""
     for kind in (np.int32, np.float32):
         matmul(np.zeros((5, 3), kind), np.zeros((5, 3), np.int8))
+        matmul(np.zeros((1, 1024), kind), np.zeros((SMALL // 1024, 1024), np.int8))
