@@ -1,8 +1,8 @@
 """The compute thread: drain the queue, one step. When nobody waits, one tile of idle work.
 
 Everything that touches sessions, the arena or the GPU worker runs here, one thing at a time. Other threads `submit`
-a function and get a future. A step takes every session that can go on: first those with a single row (decode), then
-prefill chunks, in the order of a rotating list, up to the rows that one step holds.
+a function and get a future. A step takes sessions that can go on, in the order of a rotating list, so that none waits
+for ever: of those, first the single rows (decode), then prefill chunks, up to the rows that one step holds.
 """
 
 import contextlib
@@ -158,10 +158,10 @@ class Engine(threading.Thread):
     def _batch(self) -> tuple[Batch, list[tuple[Session, bool]]]:
         """Rows for one step: single rows first, so that they get pads first."""
         self._sessions.rotate(-1)
-        ready = sorted((s for s in self._sessions if s.rows), key=lambda s: s.rows > 1)
+        ready = [session for session in self._sessions if session.rows][: head_rows(self._max_rows)]
         ids: list[int] = []
         runs, logit_rows, members = [], [], []
-        for session in ready[: head_rows(self._max_rows)]:
+        for session in sorted(ready, key=lambda one: one.rows > 1):
             count = min(session.rows, self._max_rows - len(ids))
             if not count:
                 break

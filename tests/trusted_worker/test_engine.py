@@ -447,3 +447,14 @@ def test_events_are_messages_or_errors_of_our_tree(rig: Rig) -> None:
     rig.feed((client, [1], 1))
     event = client.next()
     assert isinstance(event, pb.DecodeResponse | CleaveError)
+
+
+def test_a_prompt_is_not_starved_by_answers_that_go_on() -> None:
+    """More sessions decode than a step takes; the prompt still gets in after a few steps."""
+    rig = Rig(max_rows=2)
+    talking, asking = rig.clients(6)[:5], rig.clients(1)[0]
+    rig.feed(*((client, [1], 30) for client in talking), (asking, [47, 47, 47], 1))
+    assert asking.token() == 48
+    first = next(number for number, batch in enumerate(rig.model.batches) if 47 in batch.ids)
+    rig.engine.stop()
+    assert first < 8
