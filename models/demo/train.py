@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; keep it outside git")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--muon-rate", type=float, default=0.01)
@@ -72,6 +72,14 @@ def train_tokenizer(exchanges: list[Exchange], vocabulary: int) -> Tokenizer:
     lines = [line for one in exchanges for line in (*map(write_question, one.questions), one.answer)]
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
+
+
+def find_tokenizer(work: Path, exchanges: list[Exchange], vocabulary: int) -> Tokenizer:
+    """Return the tokenizer that this training began with, or train one: text may be mended between two runs."""
+    path = work / "tokenizer.json"
+    if not path.exists():
+        train_tokenizer(exchanges, vocabulary).save(str(path))
+    return Tokenizer.from_file(str(path))
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
@@ -280,11 +288,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     exchanges = read_text()
-    tokenizer = train_tokenizer(exchanges, args.vocabulary)
+    tokenizer = find_tokenizer(args.work, exchanges, args.vocabulary)
     model = LlamaForCausalLM(make_config(tokenizer))
     add_dropout(model, args.dropout)
-    questions = sum(len(one.questions) for one in exchanges)
-    print(f"{len(exchanges)} exchanges, {questions} questions, {model.num_parameters():,} parameters", flush=True)
+    print(f"{len(exchanges)} exchanges, {model.num_parameters():,} parameters", flush=True)
     if train(Learner(model, len(exchanges)), Batches(exchanges, tokenizer, args.tokens, args.seed), args):
         save_model(model, tokenizer, args.out)
 
