@@ -37,11 +37,6 @@ class Tokenizer:
         self._special = {name: _spelling(settings[name]) for name in _SPECIAL if settings.get(name)}
         self._template = _compile(folder, settings)
 
-    @property
-    def has_template(self) -> bool:
-        """Whether this is a chat model."""
-        return self._template is not None
-
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """A whole conversation as ids, up to where the assistant is to speak."""
         if self._template is None:

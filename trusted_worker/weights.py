@@ -58,16 +58,6 @@ class Weights:
             if keep is not None:
                 self._resident[spec] = keep
 
-    def load_scales(self) -> None:
-        """Read every linear once and keep only its scales: for schemes that never multiply here."""
-        for spec in self.specs:
-            if spec not in self.scale:
-                scale = np.empty(spec.n, np.float32)
-                for _ in self._read(spec, scale):
-                    pass
-                self.scale[spec] = self._memory.allocate("scales", (spec.n,), np.float32).array
-                self.scale[spec][...] = scale
-
     def tiles(self, spec: LinearSpec) -> Iterator[tuple[int, Tile]]:
         """(first row, weights[rows, k]) in order. Raises VerificationError when the disk no longer holds the model."""
         resident = self._resident.get(spec)

@@ -104,14 +104,6 @@ def read_tiles(checkpoint: Checkpoint, of: LinearSpec, rows: int) -> Iterator[tu
         first += part.rows
 
 
-def read_weight(checkpoint: Checkpoint, of: LinearSpec) -> npt.NDArray[np.float32]:
-    """All weight rows as float32[n, k]."""
-    weight = np.empty((of.n, of.k), np.float32)
-    for first, tile in read_tiles(checkpoint, of, of.n):
-        weight[first : first + len(tile)] = tile
-    return weight
-
-
 def read_bias(checkpoint: Checkpoint, of: LinearSpec) -> npt.NDArray[np.float32] | None:
     """The bias as float32[n], or None when no part has one."""
     if all(part.bias is None for part in of.parts):

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from gpu_worker.cache import CacheBudget, CacheStore
 from gpu_worker.decoder import Decoder
 from gpu_worker.model import Model
+from tests.simulators.workers import read_weight
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError
-from wire.linears import Linear, read_weight, spec
+from wire.linears import Linear, spec
 from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
 

@@ -7,12 +7,20 @@ import numpy.typing as npt
 
 from wire import codec
 from wire.checkpoint import Checkpoint
-from wire.linears import Linear, read_weight, spec
+from wire.linears import Linear, LinearSpec, read_tiles, spec
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
 
 Words = npt.NDArray[np.int32]
+
+
+def read_weight(checkpoint: Checkpoint, of: LinearSpec) -> npt.NDArray[np.float32]:
+    """All weight rows as float32[n, k]."""
+    weight = np.empty((of.n, of.k), np.float32)
+    for first, tile in read_tiles(checkpoint, of, of.n):
+        weight[first : first + len(tile)] = tile
+    return weight
 
 
 class HonestWorker:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.simulators.workers import read_weight
 from trusted_worker.secure_memory import SecureMemory
 from trusted_worker.weights import Tile, Weights
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError, VerificationError
-from wire.linears import EMBEDDING, Linear, LinearSpec, read_bias, read_weight
+from wire.linears import EMBEDDING, Linear, LinearSpec, read_bias
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.simulators.workers import read_weight
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError
-from wire.linears import Linear, LinearSpec, all_specs, norm_names, read_bias, read_tiles, read_weight, spec
+from wire.linears import Linear, LinearSpec, all_specs, norm_names, read_bias, read_tiles, spec
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 
