@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gpu_worker")
 
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 0.5
 # OpenMP threads that wait actively for longer keep the cores from everybody else: twenty times slower when shared.
 SPIN_COUNT = "2000"
 
@@ -95,8 +95,8 @@ async def _serve(options: argparse.Namespace, folders: dict[str, Path]) -> None:
     print(f"listening on {host}", flush=True)
     await stop.wait()
     log.info("stopping")
+    await server.stop(GRACE_SECONDS)  # streams that end now still drop what they reserved
     compute.stop()
-    await server.stop(GRACE_SECONDS)
 
 
 def _make_worker(options: argparse.Namespace, folders: dict[str, Path]) -> "Worker":

@@ -96,6 +96,8 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
                 reader.finish()
             finally:
                 self._compute.submit(caches.clear)
+        except asyncio.CancelledError:
+            return  # the peer left, or the server stops: there is nobody to tell
         except Exception as error:
             await _abort(context, error)
 

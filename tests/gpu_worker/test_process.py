@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -66,3 +67,29 @@ def test_an_address_in_use_is_said(model_folders: dict[str, Path]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot listen" in done.stderr.splitlines()[-1]
+
+
+def test_a_stream_that_is_open_when_the_worker_stops_makes_no_noise(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The stream ends, its caches are dropped, and nothing in the log looks like a failure."""
+    command = _command("--listen", f"unix:{tmp_path}/socket", "--model", str(model_folders["qwen-tied"]))
+    frames: SimpleQueue[pb.ExecuteRequest | None] = SimpleQueue()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            with grpc.insecure_channel(process.stdout.readline().split()[-1]) as channel:
+                stub = gpu_worker_pb2_grpc.GpuWorkerServiceStub(channel)
+                stub.Load(pb.LoadRequest(model="qwen-tied", precision=pb.PRECISION_INT8), timeout=120)
+                answers = stub.Execute(iter(frames.get, None))
+                cache = pb.Operation(cache=pb.Cache(sequence=1, reserve_tokens=8))
+                frames.put(pb.ExecuteRequest(id=1, operation=cache))
+                assert next(answers).id == 1
+                process.send_signal(signal.SIGTERM)
+                _, log = process.communicate(timeout=20)
+                frames.put(None)
+            assert process.returncode == 0
+            assert "ERROR" not in log
+            assert "Traceback" not in log
+        finally:
+            process.kill()
