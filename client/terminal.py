@@ -40,15 +40,19 @@ def size(count: float) -> str:
 
 
 class Progress:
-    """Shows what is being waited for: one line that is rewritten on a terminal, one line per stage elsewhere."""
+    """Shows what is being waited for: one line that is rewritten on a terminal, one line per stage elsewhere.
 
-    def __init__(self, to: TextIO) -> None:
+    `rewrite` False, where others write to the terminal too, gives a line per stage there as well.
+    """
+
+    def __init__(self, to: TextIO, rewrite: bool = True) -> None:
         self._to = to
+        self._rewrite = rewrite and to.isatty()
         self._stage = ""
 
     def __call__(self, stage: str, seconds: float) -> None:
         """`stage` has been going on for `seconds`."""
-        if self._to.isatty():
+        if self._rewrite:
             self._to.write(f"\r\x1b[2K\x1b[2m{stage} ({seconds:.0f} s)\x1b[0m")
         elif stage != self._stage:
             self._to.write(f"{stage}\n")
@@ -57,7 +61,7 @@ class Progress:
 
     def clear(self) -> None:
         """Take the line away."""
-        if self._stage and self._to.isatty():
+        if self._stage and self._rewrite:
             self._to.write("\r\x1b[2K")
             self._to.flush()
         self._stage = ""

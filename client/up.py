@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
             f"--listen {options.listen} can be reached from other machines, and prompts would cross the network in "
             "the clear: listen on 127.0.0.1, or add --insecure-plaintext"
         )
-    progress = Progress(sys.stderr)
+    progress = Progress(sys.stderr, rewrite=False)  # the workers' logs go there too
     with Cluster(settings(options), progress, log=sys.stderr) as cluster:
         progress.clear()
         print(f"serving {options.scheme} {options.precision} on {cluster.target}; stop with Ctrl-C", flush=True)

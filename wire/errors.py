@@ -101,9 +101,13 @@ _BY_CODE: dict[grpc.StatusCode, type[CleaveError]] = {
     )
 }
 
+_OF_THE_TRANSPORT = ("failed to connect", "Socket closed", "Connection reset", "Broken pipe", "GOAWAY", "recvmsg")
+
 
 def from_status(code: grpc.StatusCode, details: str | None) -> CleaveError:
     """The error that a peer's status stands for. Unknown codes become UnavailableError; cancelled calls too."""
     if code is grpc.StatusCode.DATA_LOSS:
         return VerificationError()
-    return _BY_CODE.get(code, UnavailableError)(details or "the peer closed the call")
+    if not details or any(sign in details for sign in _OF_THE_TRANSPORT):
+        details = "the peer is gone or cannot be reached"
+    return _BY_CODE.get(code, UnavailableError)(details)

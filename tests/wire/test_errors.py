@@ -56,3 +56,10 @@ def test_verification_failures_have_one_text_whatever_the_peer_says() -> None:
 def test_a_checkpoint_error_is_local() -> None:
     arrived = from_status(CheckpointError.code, "text")
     assert type(arrived) is errors.PreconditionError
+
+
+@pytest.mark.parametrize(
+    "details", [None, "", "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1", "Socket closed"]
+)
+def test_what_the_transport_says_is_said_in_our_words(details: str | None) -> None:
+    assert str(from_status(grpc.StatusCode.UNAVAILABLE, details)) == "the peer is gone or cannot be reached"
