@@ -5,6 +5,7 @@ import os
 import queue
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ def test_bad_input_gets_one_clear_line(model_folder: Callable[[str], Path], case
 
 
 @contextmanager
-def workers(folder: Path, sockets: Path) -> Iterator[tuple[Proxy, str]]:
+def workers(folder: Path, sockets: Path, *more: str) -> Iterator[tuple[Proxy, str]]:
     """A real GPU worker, a proxy before it, and a trusted worker that sees only the proxy."""
     parent = ["--parent", str(os.getpid())]
     real, between = f"unix:{sockets}/gpu", f"unix:{sockets}/proxy"
@@ -109,6 +110,7 @@ def workers(folder: Path, sockets: Path) -> Iterator[tuple[Proxy, str]]:
     worker.stdout.readline()
     proxy = Proxy(real, between)
     flags = ["--gpu-worker", between, "--model", str(folder), "--pad-bank", "2MiB", "--prefill", "worker", *parent]
+    flags += more
     trusted: Any = subprocess.Popen([sys.executable, "-m", "trusted_worker", *flags], **spawn)  # type: ignore[call-overload]
     try:
         address = trusted.stdout.readline().split()[-1]
@@ -138,21 +140,25 @@ class Talk:
         return self._stub.Stats(pb.StatsRequest(), timeout=10)
 
     def wait_for_pads(self, count: int) -> None:
-        import time
-
         deadline = time.monotonic() + 60
         while self.stats().pads_in_stock < count:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
+    def open(self) -> bytes:
+        request = pb.OpenRequest(model=self._model, scheme="secure-infer", precision=gpu.PRECISION_INT8)
+        return pb.OpenResponse.FromString(self._stub.Open(sealed(request), timeout=30).body).session
+
+    def decode(self, frames: "queue.SimpleQueue[pb.Sealed | None]") -> Any:
+        return self._stub.Decode(iter(frames.get, None), timeout=60)
+
     def say(self, ids: list[int], count: int) -> list[int]:
         """A session of one turn: `count` tokens after `ids`."""
-        request = pb.OpenRequest(model=self._model, scheme="secure-infer", precision=gpu.PRECISION_INT8)
-        session = pb.OpenResponse.FromString(self._stub.Open(sealed(request), timeout=30).body).session
+        session = self.open()
         frame = pb.DecodeRequest(session=session, token_ids=ids, credit=count)
         frames: queue.SimpleQueue[pb.Sealed | None] = queue.SimpleQueue()
         frames.put(sealed(frame))
-        responses = self._stub.Decode(iter(frames.get, None), timeout=60)
+        responses = self.decode(frames)
         try:
             tokens = [pb.DecodeResponse.FromString(next(responses).body).token.token_id for _ in range(count)]
         finally:
@@ -196,6 +202,26 @@ def test_every_byte_that_the_gpu_worker_received(
     assert np.array(PROMPT, "<i4").tobytes() not in received
     whole_rows = [request.data[start : start + 64] for request in requests for start in range(0, len(request.data), 64)]
     assert len(set(whole_rows)) == len(whole_rows)
+
+
+def test_a_client_that_vanishes_frees_its_session(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """One never decoded, one broke off within its answer; both are gone after a while, and a living one is not."""
+    folder = model_folder("llama")
+    with workers(folder, tmp_path, "--session-seconds", "0.5") as (_, address):
+        talk = Talk(address, folder.name)
+        used = talk.stats().memory_used
+        talk.open()
+        frames: queue.SimpleQueue[pb.Sealed | None] = queue.SimpleQueue()
+        frames.put(sealed(pb.DecodeRequest(session=talk.open(), token_ids=PROMPT, credit=200)))
+        responses = talk.decode(frames)
+        next(responses)
+        responses.cancel()
+        assert len(talk.say(PROMPT, 40)) == 40
+        deadline = time.monotonic() + 30
+        while talk.stats().sessions:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert talk.stats().memory_used == used
 
 
 def test_sessions_side_by_side_say_what_they_say_alone(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ class Engine(threading.Thread):
             self.scheme = self._load()
             self.loaded.set_result(None)
         except BaseException as error:
+            self._end()
             self.loaded.set_exception(error)
             return
         while not self._stopping:
@@ -111,6 +112,10 @@ class Engine(threading.Thread):
                 self._renew(self.scheme)
             if not self._step(self.scheme):
                 self._idle(self.scheme)
+        self._end()
+
+    def _end(self) -> None:
+        """Tell the sessions, and everybody who still waits for a command."""
         for session in self._sessions:
             session.fail(UnavailableError("the trusted worker is stopping"))
         self._ended = True

@@ -145,8 +145,11 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
     def _expire_later(self, name: bytes) -> None:
         """Free the session after a while, unless a client comes back for it."""
         self._keep(name)
-        expire = partial(self._service.engine.submit, partial(self._service.expire, name))
-        self._expiry[name] = asyncio.get_running_loop().call_later(self._session_seconds, expire)
+        self._expiry[name] = asyncio.get_running_loop().call_later(self._session_seconds, self._expire, name)
+
+    def _expire(self, name: bytes) -> None:
+        self._keep(name)
+        self._service.engine.submit(partial(self._service.expire, name))
 
     def _keep(self, name: bytes) -> None:
         handle = self._expiry.pop(name, None)

@@ -458,3 +458,15 @@ def test_a_prompt_is_not_starved_by_answers_that_go_on() -> None:
     first = next(number for number, batch in enumerate(rig.model.batches) if 47 in batch.ids)
     rig.engine.stop()
     assert first < 8
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nobody_waiting() -> None:
+    def load() -> Model:
+        raise UnavailableError("no such disk")
+
+    engine = Engine(load, 8)
+    engine.start()
+    with pytest.raises(UnavailableError, match="no such disk"):
+        engine.loaded.result(10)
+    with pytest.raises(CleaveError):
+        engine.submit(lambda: None).result(3)
