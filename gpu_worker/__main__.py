@@ -33,7 +33,8 @@ def main() -> None:
     try:
         if options.parent is not None:
             die_with_parent(options.parent)
-        asyncio.run(_serve(options, _check(options)))
+        loop = asyncio.new_event_loop()  # never closed: asyncio.run would cancel what gRPC still winds up, with noise
+        loop.run_until_complete(_serve(options, _check(options)))
     except CleaveError as error:
         print(f"cleave-gpu-worker: {error}", file=sys.stderr)
         sys.exit(2)
