@@ -6,6 +6,7 @@ policy hands out. The reply to Open must echo what was asked for, or the session
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar
@@ -22,6 +23,7 @@ from wire.v1 import trusted_worker_pb2 as pb
 
 OPEN_SECONDS = 60.0
 CLOSE_SECONDS = 3.0
+POLL_SECONDS = 0.05
 NONCE_BYTES = 32
 PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
 
@@ -148,6 +150,20 @@ class TrustedWorker:
     def counters(self) -> Counters:
         """The worker's counters now."""
         return Counters.of(_call(lambda: self._stub.Stats(pb.StatsRequest(), timeout=CONNECT_SECONDS)))
+
+    def await_pads(self, count: int, seconds: float, progress: Callable[[str, float], None]) -> float:
+        """Wait for `count` pads in stock, or half of what the bank holds; it need not fill itself. Seconds waited.
+
+        A worker that just started has none and would compute inside: this gives its idle time a moment.
+        """
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < seconds:
+            counters = self.counters()
+            if counters.pads_in_stock >= min(count, counters.pads_capacity // 2):
+                break
+            progress("making one-time pads", waited)
+            time.sleep(POLL_SECONDS)
+        return waited
 
     def forget(self, session: bytes) -> None:
         """Tell the worker to free a session, as far as it still listens."""

@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import sys
-import time
-from collections.abc import Callable
 
 from client.attestation.policy import Policy
 from client.chat import Chat
@@ -19,7 +17,6 @@ from wire.errors import CleaveError, InvalidArgumentError
 from wire.model_config import ModelConfig
 
 PADS_SECONDS = 30.0  # longest wait of a chat for the pads of its first answer
-_POLL_SECONDS = 0.1
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,20 +77,9 @@ def _worker(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[C
     progress = quiet if options.json else line
     cluster = stack.enter_context(Cluster(settings(options), progress))
     worker = stack.enter_context(connect(cluster.target, policy))
-    _await_pads(worker, options.max_new_tokens, progress)
+    worker.await_pads(options.max_new_tokens, PADS_SECONDS, progress)
     line.clear()
     return cluster, worker
-
-
-def _await_pads(worker: TrustedWorker, tokens: int, progress: Callable[[str, float], None]) -> None:
-    """A worker that just started has no pads and would compute inside. Give its idle time a moment to make them."""
-    started = time.monotonic()
-    while (waited := time.monotonic() - started) < PADS_SECONDS:
-        counters = worker.counters()
-        if counters.pads_in_stock >= min(tokens, counters.pads_capacity // 2):  # it need not fill its bank
-            return
-        progress("making one-time pads", waited)
-        time.sleep(_POLL_SECONDS)
 
 
 def _request(options: argparse.Namespace, model: str) -> Request:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from client.attestation.policy import Policy
 from client.session import Request, TrustedWorker, connect
-from client.terminal import Progress
+from client.terminal import Progress, quiet
 from client.turn import Pacing
 from deploy.local.cluster import Cluster, Settings
 from wire.errors import CleaveError
@@ -113,7 +113,7 @@ def _measure(options: argparse.Namespace, scheme: str, precision: str) -> Row:
         _answer(worker, request, prompt, options.tokens)
         samples, waits = [], []
         for _ in range(options.repeat):
-            waits.append(_await_pads(worker, options.tokens))
+            waits.append(worker.await_pads(2 * options.tokens, PAD_SECONDS, quiet))
             samples.append(_answer(worker, request, prompt, options.tokens))
         peak = worker.counters().memory_peak
     progress.clear()
@@ -129,16 +129,6 @@ def _measure(options: argparse.Namespace, scheme: str, precision: str) -> Row:
         samples[-1].inside,
         peak,
     )
-
-
-def _await_pads(worker: TrustedWorker, tokens: int) -> float:
-    """Wait until an answer's pads are in stock; the seconds that it took."""
-    started = time.monotonic()
-    while (counters := worker.counters()).pads_in_stock < min(2 * tokens, counters.pads_capacity):
-        if time.monotonic() - started > PAD_SECONDS:
-            break
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def _answer(worker: TrustedWorker, request: Request, prompt: list[int], tokens: int) -> Sample:

@@ -92,8 +92,8 @@ class Bank:
             for segment, width in segments(spec):
                 self._offsets[spec, segment] = end
                 end += 4 * width + TAG_BYTES
-        self.capacity = size // end
-        self._row_bytes = end
+        self._row_bytes = row_bytes(specs)
+        self.capacity = size // self._row_bytes
         self._free = list(range(self.capacity))
         self._ready: deque[tuple[int, int]] = deque()
         self._file = tempfile.TemporaryFile(dir=folder, prefix="cleave-pads-")  # noqa: SIM115

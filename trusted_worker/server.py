@@ -125,7 +125,7 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         except CleaveError as error:
             events.put_nowait(error)
         except grpc.aio.AbortError:
-            raise
+            return  # Decode has told the client; nobody awaits this task
         except Exception as error:
             log.error("internal error in a stream: %s", type(error).__name__)
             events.put_nowait(CleaveError("internal error"))

@@ -32,6 +32,15 @@ class TensorInfo:
     dtype: str
 
 
+def require_folder(folder: Path) -> None:
+    """Raises CheckpointError, with what to give instead, for anything but a folder."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder: give a local folder in Hugging Face layout "
+            "(config.json and *.safetensors); model names of a hub are not downloaded"
+        )
+
+
 def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
     """Little-endian bytes of dtype F32, F16 or BF16 as float32 (exact). The result may share the input's memory."""
     if dtype == "F32":
@@ -45,11 +54,7 @@ class Checkpoint:
     """The tensors of a model folder in Hugging Face layout. Raises CheckpointError for whatever does not add up."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder: give a local folder in Hugging Face layout "
-                "(config.json and *.safetensors); model names of a hub are not downloaded"
-            )
+        require_folder(folder)
         self._tensors: dict[str, TensorInfo] = {}
         self._files: list[int] = []
         try:

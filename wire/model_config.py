@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wire.checkpoint import require_folder
 from wire.errors import CheckpointError
 
 MAX_NUMBER = 1e12  # no finite constant of an architecture is larger
@@ -45,11 +46,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, folder: Path) -> "ModelConfig":
         """Read config.json (and generation_config.json) of a folder. Raises CheckpointError with what is wrong."""
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder: give a local folder in Hugging Face layout "
-                "(config.json and *.safetensors); model names of a hub are not downloaded"
-            )
+        require_folder(folder)
         raw = _json(folder / "config.json")
         architectures = raw.get("architectures")
         architecture = architectures[0] if isinstance(architectures, list) and architectures else "none"
