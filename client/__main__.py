@@ -1,6 +1,7 @@
-"""`cleave`: chat, up, doctor. Every error that we know of is one line on stderr and a non-zero exit status.
+"""`cleave`: chat, up, budget, doctor. Every error that we know of is one line on stderr and a non-zero exit status.
 
-Commands are imported when they run: `cleave doctor` must work where half of the packages are missing.
+Commands are imported when they run: `cleave doctor` and `cleave budget` must work where half of the packages are
+missing.
 """
 
 import argparse
@@ -37,13 +38,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _guarded(options: argparse.Namespace) -> int:
-    from client import talk, up
     from wire.errors import CleaveError
 
     try:
-        return talk.run(options) if options.command == "chat" else up.run(options)
+        return _run(options)
     except CleaveError as error:
         return _fail(options, str(error))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "budget":
+        from client import budget
+
+        return budget.run(options)
+    from client import talk, up
+
+    return talk.run(options) if options.command == "chat" else up.run(options)
 
 
 def _fail(options: argparse.Namespace, text: str) -> int:

@@ -2,15 +2,17 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
 DEFAULT_LISTEN = "127.0.0.1:7750"
-SCHEMES = ("secure-infer", "split", "plain", "tee-only")
-DEFAULT_SCHEME, DEFAULT_PRECISION = "secure-infer", "int8"
-_LOCAL_DEFAULTS = {"memory_budget": "64MiB", "pad_bank": "64MiB", "device": "auto"}
+SCHEMES = ("secure-infer", "kv-shield", "split", "plain", "tee-only")
+DEFAULT_SCHEME = "secure-infer"
+_LOCAL_DEFAULTS = {"memory_budget": "64MiB", "pad_bank": "64MiB", "device": "auto", "more": ()}
+_RATES = {"Mbit": 1e6 / 8, "Gbit": 1e9 / 8, "MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}  # bytes
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +23,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class _More(argparse.Action):
+    """Passed on to the trusted worker as it is: collected in `more`."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        given = [] if values == [] else [str(values)]
+        namespace.more = (*(namespace.more or ()), str(option), *given)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; leaves with status 2 when it makes no sense."""
     parser = Parser(allow_abbrev=False, prog="cleave", description="Private LLM inference, split between two workers.")
@@ -29,9 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _add_chat(chat)
     up = commands.add_parser("up", help="run both workers until stopped, for `cleave chat --connect`")
     _add_up(up)
+    _add_budget(commands.add_parser("budget", help="what a model costs under every scheme; runs nothing"))
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     options = parser.parse_args(argv)
-    if options.command != "doctor":
+    if options.command in ("chat", "up"):
         _check_cluster(chat if options.command == "chat" else up, options)
     if options.command == "chat":
         _check_chat(chat, options)
@@ -55,14 +66,58 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     _add_cluster(parser)
 
 
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODEL", help="a model folder, a config.json, or shape:NAME (shape:? lists)")
+    add("--context", type=_integer(1, 1 << 31), required=True, metavar="N", help="tokens, prompt and answer together")
+    add("--scheme", choices=SCHEMES, help="default: all")
+    add("--precision", choices=("float32", "int8"), help="default: int8 where a scheme has both")
+    add("--rope", choices=("trusted", "worker"), default="trusted", help="of kv-shield; default: %(default)s")
+    add("--stock", type=_integer(1, 1 << 31), default=64, metavar="N", help="pads in the bank; default: %(default)s")
+    add("--rtt-us", type=_number(0, 1e9), metavar="T", help="round trip to the GPU worker, microseconds")
+    add("--bandwidth", type=_bandwidth, metavar="RATE", help="of that link, per second: 10Gbit, 500MB, 1GiB")
+    add("--json", action="store_true", help="one JSON object, in bytes and numbers")
+
+
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and scheme").add_argument
     add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="a folder in Hugging Face layout; default: demo")
     add("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="default: %(default)s")
-    add("--precision", choices=("float32", "int8"), default=DEFAULT_PRECISION, help="default: %(default)s")
+    add("--precision", choices=("float32", "int8"), help="default: int8; float32 for kv-shield")
     add("--memory-budget", metavar="SIZE", help="memory of the trusted worker; default: 64MiB")
     add("--pad-bank", metavar="SIZE", help="sealed pads parked outside the budget; default: 64MiB")
     add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
+    add(
+        "--model-key-file",
+        action=_More,
+        dest="more",
+        type=_absolute,
+        metavar="FILE",
+        help="key of a model that `seal-model` sealed",
+    )
+    _add_kv_shield(parser.add_argument_group("kv-shield").add_argument)
+
+
+def _add_kv_shield(add: Callable[..., argparse.Action]) -> None:
+    """Flags that the trusted worker reads; it says what is wrong with them."""
+    add(
+        "--rope",
+        action=_More,
+        dest="more",
+        metavar="WHERE",
+        help="worker: permute V only, one crossing a layer; default: trusted",
+    )
+    add(
+        "--kv-dtype",
+        action=_More,
+        dest="more",
+        metavar="T",
+        help="of the cache: float32, float16, int8; default: float32",
+    )
+    add(
+        "--rotate-every", action=_More, dest="more", metavar="N", help="new permutations every N tokens; default: never"
+    )
+    add("--seal-idle", action=_More, dest="more", nargs=0, help="park the cache of an idle conversation, sealed")
 
 
 def _add_one_shot(parser: argparse.ArgumentParser) -> None:
@@ -107,14 +162,23 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def default_precision(scheme: str) -> str:
+    """What a scheme computes in when nothing is said."""
+    return "float32" if scheme == "kv-shield" else "int8"
+
+
 def _check_cluster(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    options.precision = options.precision or default_precision(options.scheme)
     if options.scheme == "secure-infer" and options.precision != "int8":
         parser.error("--scheme secure-infer computes in integers: it needs --precision int8")
+    if options.scheme == "kv-shield" and options.precision != "float32":
+        parser.error("--scheme kv-shield computes in float32: leave --precision out")
     for name, default in _LOCAL_DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif options.command == "chat" and options.connect:
-            parser.error(f"--{name.replace('_', '-')} belongs to `cleave up`, not to --connect")
+            flag = options.more[0] if name == "more" else f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} belongs to `cleave up`, not to --connect")
 
 
 def _check_chat(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -151,6 +215,18 @@ def _number(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _bandwidth(text: str) -> float:
+    """Bytes per second."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if match is None or match[2] not in _RATES or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"must be a number and one of {', '.join(_RATES)}")
+    return float(match[1]) * _RATES[match[2]]
 
 
 def _token_ids(text: str) -> list[int]:

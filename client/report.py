@@ -80,6 +80,8 @@ def table(counters: Counters) -> str:
         "pads in stock": f"{counters.pads_in_stock:,} of {counters.pads_capacity:,}",
         "products verified / rejected": f"{counters.products_verified:,} / {counters.products_failed}",
         "products computed inside": f"{counters.products_inside:,}",
+        "cache pages sealed / restored": f"{counters.pages_sealed:,} / {counters.pages_restored:,}",
+        "permutations renewed": f"{counters.permutations_renewed:,}",
         "secure memory used / peak": f"{size(counters.memory_used)} / {size(counters.memory_peak)}",
         "secure memory budget": f"{size(counters.memory_budget)}, locked: {'yes' if counters.memory_locked else 'no'}",
         "resident set of the process": size(counters.rss),

@@ -78,6 +78,9 @@ class Counters:
     products_verified: int
     products_failed: int
     products_inside: int
+    pages_sealed: int
+    pages_restored: int
+    permutations_renewed: int
     memory_budget: int
     memory_used: int
     memory_peak: int

@@ -46,6 +46,7 @@ def settings(options: argparse.Namespace) -> Settings:
         device=options.device,
         listen=getattr(options, "listen", None),
         insecure_plaintext=getattr(options, "insecure_plaintext", False),
+        more=options.more,
     )
 
 

@@ -40,6 +40,6 @@ def _chat_command(options: argparse.Namespace, target: str) -> str:
         parts += ["--model", str(options.model.resolve())]
     if options.scheme != flags.DEFAULT_SCHEME:
         parts += ["--scheme", options.scheme]
-    if options.precision != flags.DEFAULT_PRECISION:
+    if options.precision != flags.default_precision(options.scheme):
         parts += ["--precision", options.precision]
     return shlex.join(parts)

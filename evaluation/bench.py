@@ -29,6 +29,7 @@ DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 ROWS = (
     ("plain", "float32"),
     ("plain", "int8"),
+    ("kv-shield", "float32"),
     ("split", "float32"),
     ("split", "int8"),
     ("tee-only", "float32"),

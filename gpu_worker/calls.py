@@ -2,8 +2,8 @@
 
 (1) ids strictly increase, frames of one call follow each other;
 (2) the operation is known and this worker serves it;
-(3) a model is loaded, and layer, linear, sequences and rows exist in it;
-(4) dtype and shape of the tensor are exactly what the operation takes, and its answer fits a tensor;
+(3) a model is loaded, and layer, linear, parameter, steps and rows exist in it;
+(4) dtype and shape of the tensor are what the operation takes, and its answer fits a tensor;
 (5) only then the codec allocates and copies.
 """
 
@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from wire.codec import MAX_ROWS, MAX_TENSOR_BYTES, Array, Assembler
+from gpu_worker.expected import expected_tensor
+from wire.codec import Array, Assembler
 from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
-from wire.linears import Linear, LinearSpec, spec
-from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as pb
-from wire.v1 import tensor_pb2
 
 if TYPE_CHECKING:
     from gpu_worker.model import Model
@@ -40,27 +38,6 @@ class Call:
     def float32(self) -> npt.NDArray[np.float32]:
         """The tensor of an operation that takes float32."""
         return cast(npt.NDArray[np.float32], self.tensor)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The tensor that an operation takes: `rows` None stands for any number, `columns` None for rank 1."""
-
-    dtype: int
-    rows: int | None
-    columns: int | None
-    answer_columns: int  # of the answer, which has as many rows; 0 where the answer was checked already
-
-    def check(self, header: tensor_pb2.TensorHeader) -> None:
-        """Raises InvalidArgumentError for any other tensor."""
-        shape = tuple(header.shape)
-        if header.dtype != self.dtype or len(shape) != (1 if self.columns is None else 2):
-            raise InvalidArgumentError("the operation takes a tensor of another dtype or rank")
-        if not 1 <= shape[0] <= MAX_ROWS:
-            raise InvalidArgumentError(f"a call has 1 to {MAX_ROWS} rows")
-        if self.rows not in (None, shape[0]) or (self.columns is not None and shape[1] != self.columns):
-            raise InvalidArgumentError("the operation takes a tensor of another shape")
-        _check_answer(shape[0], self.answer_columns)
 
 
 class CallReader:
@@ -116,46 +93,3 @@ class CallReader:
             return None
         self._open = None
         return Call(frame.id, operation, model, assembler.array())
-
-
-def expected_tensor(operation: pb.Operation, config: ModelConfig) -> Expected | None:
-    """What tensor an operation takes; None when it takes none.
-
-    Raises InvalidArgumentError for fields that are out of range.
-    """
-    match operation.WhichOneof("kind"):
-        case "ring_matmul":
-            of = _linear(config, operation.ring_matmul.layer, operation.ring_matmul.linear)
-            return Expected(tensor_pb2.DTYPE_INT32, None, of.k, of.n)
-        case "matmul":
-            of = _linear(config, operation.matmul.layer, operation.matmul.linear)
-            return Expected(tensor_pb2.DTYPE_FLOAT32, None, of.k, of.n)
-        case "forward":
-            return Expected(tensor_pb2.DTYPE_INT32, _forward_rows(operation.forward, config), None, 0)
-        case _:
-            return None
-
-
-def _linear(config: ModelConfig, layer: int, number: int) -> LinearSpec:
-    try:
-        linear = Linear(number)
-    except ValueError:
-        raise InvalidArgumentError("unknown linear") from None
-    if layer >= (1 if linear is Linear.LM_HEAD else config.layers):
-        raise InvalidArgumentError("layer out of range")
-    return spec(config, layer, linear)
-
-
-def _forward_rows(op: pb.Forward, config: ModelConfig) -> int:
-    rows = sum(s.rows for s in op.sequences)
-    if len({s.sequence for s in op.sequences}) != len(op.sequences) or not all(s.rows for s in op.sequences):
-        raise InvalidArgumentError("each sequence must be named once, with at least one row")
-    if len(op.logit_rows) > rows or not all(row < rows for row in op.logit_rows):
-        raise InvalidArgumentError("logit row out of range")
-    _check_answer(len(op.logit_rows), config.vocabulary)
-    return rows
-
-
-def _check_answer(rows: int, columns: int) -> None:
-    if 4 * rows * columns > MAX_TENSOR_BYTES:
-        raise InvalidArgumentError("the answer would be larger than a tensor may be: ask for fewer rows")

@@ -1,123 +1,150 @@
-"""The decoder operations: a Llama-like model in torch, one method per step between two crossings.
+"""The arithmetic of the decoder operations, in torch: one method per step between two crossings.
 
-forward = embed, then per layer project_qkv, rotate, attend, finish_block, then head. Activations are float32 in
-both precisions; shapes: m rows, H query heads, K key heads, d per head. Rows of several sequences lie one behind
-the other, `spans` says how many belong to which. Float32 results equal those of transformers to rounding.
+embed, then per layer project_qkv, finish_qk, attend, finish_block, then head. Activations are float32 in both
+precisions; shapes: m rows, H query heads, K key heads, d per head. Rows of several sequences lie one behind the
+other, `spans` says how many belong to which. Float32 results equal those of transformers to rounding.
 """
 
-from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from gpu_worker.cache import Sequence
-from gpu_worker.weights import Weights
-from wire.checkpoint import Checkpoint
-from wire.linears import FINAL_NORM, Linear, norm_names, read_bias, spec
+from gpu_worker.weights import Float32Weights, ParameterSet, Weights
+from wire.errors import PreconditionError
+from wire.linears import Linear, spec
 from wire.model_config import ModelConfig
+from wire.parameters import Kind, Name, weight_name
 
 Spans = list[tuple[Sequence, int]]
-BIASED = (Linear.QKV, Linear.O, Linear.GATE_UP, Linear.DOWN)
+Rotations = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
 
 class Decoder:
-    """A loaded model. It keeps no state between calls: the sequences carry it."""
+    """A model over its parameters. It keeps no state between calls: passes and sequences carry it."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[tuple[int, Linear], Weights], embedding: Weights, device: str
-    ) -> None:
+    def __init__(self, config: ModelConfig, sources: tuple[ParameterSet, ...], device: str) -> None:
+        """`sources`: where parameters are looked for, the first one that has a parameter wins."""
         self.config = config
         self.device = device
-        self._weights = weights
-        self._embedding = embedding
-        self._norms: dict[str, torch.Tensor] = {}
-        self._biases: dict[tuple[int, Linear], torch.Tensor] = {}
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        self._inverse_frequencies = (1.0 / config.rope_theta**steps).to(device)
+        self._sources = sources
+        self._frequencies = torch.from_numpy(config.inverse_frequencies()).to(device)
 
-    def read_small(self, checkpoint: Checkpoint) -> None:
-        """Read norm gains and biases. Raises CheckpointError."""
-        names = [name for layer in range(self.config.layers) for name in norm_names(layer)]
-        for name in [*names, FINAL_NORM]:
-            self._norms[name] = torch.from_numpy(checkpoint.read(name, (self.config.hidden,))).to(self.device)
-        for layer in range(self.config.layers):
-            for linear in BIASED:
-                bias = read_bias(checkpoint, spec(self.config, layer, linear))
-                if bias is not None:
-                    self._biases[layer, linear] = torch.from_numpy(bias).to(self.device)
+    def over(self, overlay: ParameterSet) -> "Decoder":
+        """The same model, with parameters of `overlay` in place of its own."""
+        return Decoder(self.config, (overlay, *self._sources), self.device)
 
     def matmul(self, layer: int, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """x float32[m, k] -> x.W^T float32[m, n], without bias."""
-        return self._weights[layer, linear].product(x)
+        """x float32[m, k] -> x.W^T float32[m, n], without bias. Raises PreconditionError for weights that are not here,
+        as every other step does.
+        """
+        return self._find(weight_name(self.config, spec(self.config, layer, linear))).product(x)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def positions(self, spans: Spans) -> torch.Tensor:
+        """int64[m]: those that come next in each sequence."""
+        return torch.cat([torch.arange(s.length, s.length + rows, device=self.device) for s, rows in spans])
+
+    def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """ids int64[m] -> residual stream float32[m, hidden]."""
-        return self._embedding.rows(ids)
+        x = self._find(Name(Kind.EMBEDDING)).rows(ids)
+        return x if self.config.rope is not None else x + self._find(Name(Kind.POSITIONS)).rows(positions)
 
-    def project_qkv(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Residual stream -> q [m, H, d], k and v [m, K, d], before RoPE."""
+    def project_qkv(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual stream -> q beside k [m, (H+K).d] before norm and RoPE, and v [m, K, d]."""
         c = self.config
-        qkv = self._linear(layer, Linear.QKV, self._norm(norm_names(layer)[0], x))
-        q, k, v = qkv.split((c.q_width, c.kv_width, c.kv_width), dim=1)
-        return q.unflatten(1, (-1, c.head_dim)), k.unflatten(1, (-1, c.head_dim)), v.unflatten(1, (-1, c.head_dim))
+        qkv = self._linear(layer, Linear.QKV, self._norm(Kind.ATTENTION_NORM, layer, x))
+        qk, v = qkv.split((c.q_width + c.kv_width, c.kv_width), dim=1)
+        return qk, v.unflatten(1, (-1, c.head_dim))
 
-    def rotations(self, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [m, 1, d] for the positions that come next in each sequence."""
-        positions = torch.cat([torch.arange(s.length, s.length + rows, device=self.device) for s, rows in spans])
-        angles = (positions[:, None].float() * self._inverse_frequencies).repeat(1, 2)[:, None]
+    def split_qk(self, qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q beside k [m, (H+K).d] -> q [m, H, d] and k [m, K, d]."""
+        q, k = qk.unflatten(1, (-1, self.config.head_dim)).split((self.config.heads, self.config.kv_heads), dim=1)
+        return q, k
+
+    def rotations(self, positions: torch.Tensor) -> Rotations:
+        """cos and sin [m, 1, pairs]."""
+        angles = (positions[:, None].float() * self._frequencies)[:, None]
         return angles.cos(), angles.sin()
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans) -> torch.Tensor:
-        """Append rotated k and v to the caches; causal attention of rotated q over them -> [m, H.d]."""
-        parts, start = [], 0
-        for sequence, rows in spans:
-            part = slice(start, start + rows)
-            keys, values = sequence.append(layer, k[part], v[part])
-            parts.append(attention(q[part], keys, values))
-            start += rows
+    def finish_qk(self, layer: int, qk: torch.Tensor, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
+        """What project_qkv gave -> q [m, H, d] and k [m, K, d], normed and rotated as the model asks."""
+        c = self.config
+        q, k = self.split_qk(qk)
+        if c.qk_norm:
+            q, k = self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)
+        if c.rope is not None:
+            q, k = rotate(q, rotations, c.rope.interleaved), rotate(k, rotations, c.rope.interleaved)
+        return q, k
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, permute_qk: bool
+    ) -> torch.Tensor:
+        """Append normed and rotated k, and v, to the caches; causal attention of q over them -> [m, H.d].
+
+        The running tables of a sequence permute its v, and with `permute_qk` its q and k.
+        """
+        rows = [rows for _, rows in spans]
+        parts = []
+        for (sequence, _), own_q, own_k, own_v in zip(spans, q.split(rows), k.split(rows), v.split(rows), strict=True):
+            final_q, final_k = sequence.arrange_qk(layer, own_q, own_k) if permute_qk else (own_q, own_k)
+            keys, values = sequence.append(layer, final_k, sequence.arrange_v(layer, own_v))
+            parts.append(attention(final_q, keys, values, self.config.window))
         return torch.cat(parts)
 
     def finish_block(self, layer: int, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """Residual stream and attention [m, H.d] -> residual stream after the block."""
         x = x + self._linear(layer, Linear.O, a)
-        gate, up = self._linear(layer, Linear.GATE_UP, self._norm(norm_names(layer)[1], x)).chunk(2, dim=1)
-        return x + self._linear(layer, Linear.DOWN, silu(gate) * up)
+        up = self._linear(layer, Linear.GATE_UP, self._norm(Kind.FFN_NORM, layer, x))
+        if self.config.gated:
+            gate, up = up.chunk(2, dim=1)
+            return x + self._linear(layer, Linear.DOWN, silu(gate) * up)
+        return x + self._linear(layer, Linear.DOWN, gelu(up, approximate="tanh"))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Residual stream -> logits float32[m, vocabulary]."""
-        return self.matmul(0, Linear.LM_HEAD, self._norm(FINAL_NORM, x))
+        return self.matmul(0, Linear.LM_HEAD, self._norm(Kind.FINAL_NORM, 0, x))
 
-    def forward(self, spans: Spans, ids: torch.Tensor, logit_rows: list[int]) -> torch.Tensor:
-        """ids int64[m] -> logits of the rows asked for. Each sequence grows by its rows once all went well."""
-        x = self.embed(ids)
-        cos, sin = self.rotations(spans)
-        for layer in range(self.config.layers):
-            q, k, v = self.project_qkv(layer, x)
-            x = self.finish_block(layer, x, self.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v, spans))
-        logits = self.head(x[logit_rows])
-        for sequence, rows in spans:
-            sequence.advance(rows)
-        return logits
+    def _find(self, name: Name) -> Weights:
+        for source in self._sources:
+            found = source.find(name)
+            if found is not None:
+                return found
+        raise PreconditionError("the model is sealed: this worker holds no weights until they are provisioned")
+
+    def _vector(self, name: Name) -> torch.Tensor:
+        return cast(Float32Weights, self._find(name)).vector()  # in both precisions
 
     def _linear(self, layer: int, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        y = self.matmul(layer, linear, x)
-        bias = self._biases.get((layer, linear))
-        return y if bias is None else y.add_(bias)
+        y, c = self.matmul(layer, linear, x), self.config
+        biased = {Linear.QKV: c.qkv_bias, Linear.O: c.o_bias}.get(linear, c.mlp_bias)
+        return y.add_(self._vector(Name(Kind.LINEAR, layer, linear, bias=True))) if biased else y
 
-    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, (self.config.hidden,), self._norms[name], self.config.norm_eps)
+    def _norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
+        gain, shape, eps = self._vector(Name(kind, layer)), (self.config.hidden,), self.config.norm_eps
+        if not self.config.layer_norm:
+            return rms_norm(x, shape, gain, eps)
+        return layer_norm(x, shape, gain, self._vector(Name(kind, layer, bias=True)), eps)
+
+    def _head_norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, (self.config.head_dim,), self._vector(Name(kind, layer)), self.config.norm_eps)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE as transformers does it: the two halves of each head [m, heads, d] are the coordinates."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate(x: torch.Tensor, rotations: Rotations, interleaved: bool) -> torch.Tensor:
+    """RoPE of the first 2.pairs dims of each head [m, heads, d]: coordinates are (2i, 2i + 1) or (i, i + pairs)."""
+    cos, sin = rotations
+    turning, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
+    pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1 if interleaved else -2)
+    return torch.cat((turned.flatten(-2), rest), dim=-1)
 
 
-def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int = 0) -> torch.Tensor:
     """The last rows of one sequence: q [rows, H, d] over keys and values [K, tokens, d] -> [rows, H.d].
 
-    The query heads of a group share their keys, so they are laid out as further rows of one head.
+    The query heads of a group share their keys, so they are laid out as further rows of one head. With a window W a
+    row sees its last W tokens; a single row is given no others.
     """
     rows, heads, d = q.shape
     kv_heads, tokens, _ = keys.shape
@@ -125,6 +152,8 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
     mask = None
     if rows > 1:
         order = torch.arange(tokens, device=q.device)
-        mask = (order <= order[tokens - rows :, None]).repeat(heads // kv_heads, 1)
+        own = order[tokens - rows :, None]
+        seen = (order <= own) & (order > own - window) if window else order <= own
+        mask = seen.repeat(heads // kv_heads, 1)
     out = scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
     return out.reshape(heads, rows, d).transpose(0, 1).reshape(rows, heads * d)

@@ -3,26 +3,31 @@
 The answer has the same bits on every device: an exact product modulo 2^32.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gpu_worker.kernels import cpu, cuda
-from gpu_worker.weights import Int8Weights
-from wire.linears import Linear
+from gpu_worker.weights import Int8Weights, ParameterSet
+from wire.errors import PreconditionError
+from wire.linears import Linear, spec
+from wire.model_config import ModelConfig
+from wire.parameters import weight_name
 
 
 class Ring:
     """Answers z.W_q^T for every linear of an int8 model."""
 
-    def __init__(self, weights: Mapping[tuple[int, Linear], Int8Weights]) -> None:
-        self._weights = weights
+    def __init__(self, config: ModelConfig, parameters: ParameterSet) -> None:
+        self._config = config
+        self._parameters = parameters
 
     def product(self, layer: int, linear: Linear, z: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """z int32[m, k] -> int32[m, n] modulo 2^32. The caller has checked layer, linear and shape."""
-        w = self._weights[layer, linear].quantised
+        weights = self._parameters.find(weight_name(self._config, spec(self._config, layer, linear)))
+        if not isinstance(weights, Int8Weights):
+            raise PreconditionError("ring products need a model that is loaded as int8")
+        w = weights.quantised
         if w.device.type == "cpu":
             return cpu.matmul(z, w.numpy())
         return cuda.ring_matmul(torch.from_numpy(z).to(w.device), w).cpu().numpy()

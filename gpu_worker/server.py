@@ -84,18 +84,18 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     async def Execute(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ExecuteRequest], context: Any
     ) -> None:
-        """Answer calls in order until the peer ends the stream; then drop what it reserved."""
+        """Answer calls in order until the peer ends the stream; then drop what it reserved and provisioned."""
         try:
             worker = await self._compute.worker()
-            reader, caches = CallReader(self._ring_only), worker.open_caches()
+            reader, stream = CallReader(self._ring_only), worker.open_stream()
             try:
                 async for frame in request_iterator:
                     call = reader.add(frame, worker.model)
                     if call is not None:
-                        await _answer(context, call, await self._compute.run(worker.execute, call, caches))
+                        await _answer(context, call, await self._compute.run(worker.execute, call, stream))
                 reader.finish()
             finally:
-                self._compute.submit(caches.clear)
+                self._compute.submit(stream.close)
         except asyncio.CancelledError:
             return  # the peer left, or the server stops: there is nobody to tell
         except Exception as error:

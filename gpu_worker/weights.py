@@ -1,24 +1,33 @@
-"""The weights of one linear on a device, in either precision, and how they are read from a checkpoint.
+"""The parameters of a model on a device, in either precision, filled row by row: from a checkpoint or by a peer.
 
-float32 keeps float32 only, int8 keeps int8 and one scale per row only: no precision holds a copy of the other.
+float32 keeps float32 only. int8 keeps linears and the embedding table as int8 and one scale per row only: no
+precision holds a copy of the other. Norms, biases and positions are float32 in both.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpu_worker.kernels import cpu
 from wire.checkpoint import Checkpoint
-from wire.linears import EMBEDDING, Linear, LinearSpec, Part, read_tiles
-from wire.model_config import ModelConfig
+from wire.errors import InvalidArgumentError, PreconditionError
+from wire.parameters import Kind, Name, Parameter, tiles
 from wire.quantize import quantize_rows
 
 TILE_BYTES = 8 << 20  # of float32 in memory while a matrix is read
 
+F32 = npt.NDArray[np.float32]
+
 
 class Weights(Protocol):
-    """W[n, k] of one linear."""
+    """W[n, k] of a linear, or an embedding table."""
+
+    def put(self, first: int, tile: F32) -> None:
+        """Set the rows from `first` on: float32[rows, k]."""
+        ...
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x float32[m, k] -> x.W^T as float32[m, n]."""
@@ -30,10 +39,14 @@ class Weights(Protocol):
 
 
 class Float32Weights:
-    """W as it is in the checkpoint."""
+    """W as it is in the checkpoint. With k = 1 it is a vector."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
+    def __init__(self, n: int, k: int, device: str) -> None:
+        self.weight = torch.empty((n, k), device=device)
+
+    def put(self, first: int, tile: F32) -> None:
+        """A copy."""
+        self.weight[first : first + len(tile)] = torch.from_numpy(tile)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """float32 matrix product."""
@@ -43,13 +56,23 @@ class Float32Weights:
         """A plain lookup."""
         return self.weight[ids]
 
+    def vector(self) -> torch.Tensor:
+        """float32[n] of a W with k = 1."""
+        return self.weight.view(-1)
+
 
 class Int8Weights:
     """W = quantised int8[n, k] times scale float32[n]. The ring products use the same `quantised`."""
 
-    def __init__(self, quantised: torch.Tensor, scale: torch.Tensor) -> None:
-        self.quantised = quantised
-        self.scale = scale
+    def __init__(self, n: int, k: int, device: str) -> None:
+        self.quantised = torch.empty((n, k), dtype=torch.int8, device=device)
+        self.scale = torch.empty(n, device=device)
+
+    def put(self, first: int, tile: F32) -> None:
+        """Quantised with the rule that both workers share."""
+        quantised, scale = quantize_rows(tile)
+        rows = slice(first, first + len(tile))
+        self.quantised[rows], self.scale[rows] = torch.from_numpy(quantised), torch.from_numpy(scale)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Float activations times int8 weights, scaled per output afterwards."""
@@ -64,28 +87,47 @@ class Int8Weights:
         return self.quantised[ids].to(torch.float32) * self.scale[ids, None]
 
 
-def embedding_spec(config: ModelConfig) -> LinearSpec:
-    """The embedding table of a model whose head is another matrix, as if it were a linear."""
-    return LinearSpec(0, Linear.LM_HEAD, config.hidden, config.vocabulary, (Part(EMBEDDING, config.vocabulary, None),))
+class ParameterSet:
+    """Parameters by name, on one device. One is found when all its rows are there."""
 
+    def __init__(self, device: str, int8: bool) -> None:
+        self._device = device
+        self._int8 = int8
+        self._weights: dict[Name, Weights] = {}
+        self._missing: dict[Name, int] = {}  # rows that have not come yet
 
-def read_float32(checkpoint: Checkpoint, of: LinearSpec, device: str) -> Float32Weights:
-    """Raises CheckpointError when the checkpoint does not hold what `of` names."""
-    weight = np.empty((of.n, of.k), np.float32)
-    for first, tile in read_tiles(checkpoint, of, _tile_rows(of)):
-        weight[first : first + len(tile)] = tile
-    return Float32Weights(torch.from_numpy(weight).to(device))
+    def __contains__(self, name: Name) -> bool:
+        return name in self._weights
 
+    def put(self, parameter: Parameter, first: int, tile: F32) -> None:
+        """Rows float32[rows, width] in order; from 0 on it begins anew.
 
-def read_int8(checkpoint: Checkpoint, of: LinearSpec, device: str) -> Int8Weights:
-    """The same, quantised tile by tile with the rule that both workers share."""
-    quantised = np.empty((of.n, of.k), np.int8)
-    scale = np.empty(of.n, np.float32)
-    for first, tile in read_tiles(checkpoint, of, _tile_rows(of)):
-        rows = slice(first, first + len(tile))
-        quantised[rows], scale[rows] = quantize_rows(tile)
-    return Int8Weights(torch.from_numpy(quantised).to(device), torch.from_numpy(scale).to(device))
+        Raises InvalidArgumentError for rows out of order or beyond the end.
+        """
+        name = parameter.name
+        filled = parameter.rows - self._missing.get(name, parameter.rows) if first else 0
+        if first != filled or first + len(tile) > parameter.rows:
+            raise InvalidArgumentError(f"the rows of a parameter come in order, from 0 to {parameter.rows}")
+        if name not in self._weights:
+            self._weights[name] = self._make(parameter)
+        self._missing[name] = parameter.rows - first
+        self._weights[name].put(first, tile)
+        self._missing[name] -= len(tile)
 
+    def read(self, checkpoint: Checkpoint, parameters: Iterable[Parameter]) -> None:
+        """Put all of these from disk. Raises CheckpointError when the checkpoint does not hold them."""
+        for parameter in parameters:
+            for first, tile in tiles(checkpoint, parameter, max(1, TILE_BYTES // (4 * parameter.width))):
+                self.put(parameter, first, tile)
 
-def _tile_rows(of: LinearSpec) -> int:
-    return max(1, TILE_BYTES // (4 * of.k))
+    def find(self, name: Name) -> Weights | None:
+        """None for a parameter that never came. Raises PreconditionError for one that came in part."""
+        if self._missing.get(name):
+            raise PreconditionError("a parameter is provisioned in part: its last rows are missing")
+        return self._weights.get(name)
+
+    def _make(self, parameter: Parameter) -> Weights:
+        name = parameter.name
+        if self._int8 and name.kind in (Kind.LINEAR, Kind.EMBEDDING) and not name.bias:
+            return Int8Weights(parameter.rows, parameter.width, self._device)
+        return Float32Weights(parameter.rows, parameter.width, self._device)

@@ -1,7 +1,8 @@
 """What the compute thread owns: the loaded model, and the one place where an operation becomes arithmetic.
 
 Importing this file imports torch and numba. A loaded model never changes: a call is carried out on the model that
-it was checked against, even if another one was loaded in between.
+it was checked against, even if another one was loaded in between. Parameters that all streams provision together
+take as much memory as one model does.
 """
 
 import logging
@@ -13,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_worker.cache import CacheBudget, CacheStore
+from gpu_worker.allowance import Allowance
+from gpu_worker.cache import MAX_CACHE_BYTES
 from gpu_worker.calls import Call
-from gpu_worker.decoder import Decoder
 from gpu_worker.kernels import cpu
 from gpu_worker.model import Model
+from gpu_worker.stream import Stream
 from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
 from wire.linears import Linear
 from wire.v1 import gpu_worker_pb2 as pb
@@ -38,11 +40,12 @@ class Worker:
         self.model: Model | None = None
         self._folders = folders
         self._ring_only = ring_only
-        self._cache_budget = CacheBudget()
+        self._cache_allowance = Allowance("a KV cache", MAX_CACHE_BYTES)
+        self._overlay_allowance = Allowance("a provisioned parameter", 0)
 
     def load(self, name: str, precision: int) -> None:
-        """Raises PreconditionError for an unknown name, CheckpointError for a folder that cannot be read,
-        DeniedError for float32 where only ring products are served.
+        """Raises PreconditionError for an unknown name and for a sealed folder as int8, CheckpointError for a folder
+        that cannot be read, DeniedError for float32 where only ring products are served.
 
         What is loaded already stays; anything else is let go before the new weights are read.
         """
@@ -59,52 +62,35 @@ class Worker:
         if self.device == "cpu":
             cpu.warm_up()
         self.model = Model(self._folders[name], precision, self.device, self._ring_only)
+        self._overlay_allowance.limit = self.model.parameter_bytes
         log.info("loaded %s on %s in %.1f s", name, self.device, time.monotonic() - start)
 
-    def open_caches(self) -> CacheStore:
-        """An empty store for a new stream."""
-        return CacheStore(self._cache_budget)
+    def open_stream(self) -> Stream:
+        """The state of a new stream."""
+        return Stream(self.device, self._cache_allowance, self._overlay_allowance)
 
     @torch.inference_mode()
-    def execute(self, call: Call, caches: CacheStore) -> Result:
-        """Carry out a call that `calls` has checked. Raises what the operation raises; nothing has changed then."""
+    def execute(self, call: Call, stream: Stream) -> Result:
+        """Carry out a call that `calls` has checked. Raises what the operation raises; no sequence has grown then."""
         operation = call.operation
         match operation.WhichOneof("kind"):
             case "ring_matmul":
-                return self._ring_matmul(call, operation.ring_matmul)
+                return _ring_matmul(call, operation.ring_matmul)
             case "matmul":
-                return self._matmul(call, operation.matmul)
+                return stream.matmul(call, operation.matmul).cpu().numpy()
             case "forward":
-                return self._forward(call, operation.forward, caches)
-            case _:
-                self._cache(call, operation.cache, caches)
+                return stream.forward(call, operation.forward).cpu().numpy()
+            case "chain":
+                return stream.chain(call, operation.chain).cpu().numpy()
+            case "provision":
+                stream.provision(call, operation.provision)
                 return None
-
-    def _ring_matmul(self, call: Call, op: pb.RingMatmul) -> Result:
-        if call.model.ring is None:
-            raise PreconditionError("the model is loaded as float32: ring products need int8")
-        return call.model.ring.product(op.layer, Linear(op.linear), call.int32())
-
-    def _matmul(self, call: Call, op: pb.Matmul) -> Result:
-        x = torch.from_numpy(call.float32()).to(self.device)
-        return _decoder(call).matmul(op.layer, Linear(op.linear), x).cpu().numpy()
-
-    def _forward(self, call: Call, op: pb.Forward, caches: CacheStore) -> Result:
-        spans = caches.find([(s.sequence, s.rows) for s in op.sequences], call.model.config)
-        ids = call.int32()
-        if ids.min() < 0 or ids.max() >= call.model.config.vocabulary:
-            raise InvalidArgumentError("token id out of range")
-        on_device = torch.from_numpy(ids).to(self.device, torch.int64)
-        return _decoder(call).forward(spans, on_device, list(op.logit_rows)).cpu().numpy()
-
-    def _cache(self, call: Call, op: pb.Cache, caches: CacheStore) -> None:
-        if op.reserve_tokens:
-            caches.reserve(op.sequence, call.model.config, op.reserve_tokens, self.device)
-        else:
-            caches.drop(op.sequence)
+            case _:
+                page = stream.cache(call, operation.cache)
+                return None if page is None else page.cpu().numpy()
 
 
-def _decoder(call: Call) -> Decoder:
-    if call.model.decoder is None:
-        raise PreconditionError("the model is loaded for ring products only")
-    return call.model.decoder
+def _ring_matmul(call: Call, op: pb.RingMatmul) -> Result:
+    if call.model.ring is None:
+        raise PreconditionError("the model is loaded as float32: ring products need int8")
+    return call.model.ring.product(op.layer, Linear(op.linear), call.int32())

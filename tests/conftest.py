@@ -1,4 +1,4 @@
-"""Model folders and schemes that all tests share. Folders are made once, with transformers, from fixed seeds."""
+"""Model folders and schemes that all tests share. Folders are made once a session."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.contract.shield import build_shield
+from tests.model_folders import MODELS, greedy_reference, save, transformers_logits
+from tests.simulators.in_process import InProcessWorker
 from tests.simulators.workers import HonestWorker
 from trusted_worker.arithmetic import F32
 from trusted_worker.model import Batch, Run, scratch_bytes
 from trusted_worker.pads import Bank, PadSource, row_bytes
 from trusted_worker.schemes.base import Scheme
+from trusted_worker.schemes.plain import Plain
 from trusted_worker.schemes.secure_infer import SecureInfer
 from trusted_worker.schemes.split import Split
 from trusted_worker.schemes.tee_only import TeeOnly
@@ -21,64 +25,23 @@ from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.checkpoint import Checkpoint
 from wire.model_config import ModelConfig
+from wire.v1 import gpu_worker_pb2 as pb
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 301,
-    "max_position_embeddings": 256,
-    "eos_token_id": 300,
-    "bos_token_id": 1,
-}
-MODELS = ("llama", "llama-bf16-tied-sharded", "qwen2", "qwen2-f16-tied")
-
-
-def _save(name: str, folder: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(MODELS.index(name))
-    tied = "tied" in name
-    if name.startswith("llama"):
-        biased = not tied
-        model: Any = LlamaForCausalLM(
-            LlamaConfig(**SIZES, tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
-        )
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in key else 0.0, 0.2 if "bias" in key or "norm" in key else 0.08)
-    dtype = torch.bfloat16 if "bf16" in name else torch.float16 if "f16" in name else torch.float32
-    model.to(dtype).save_pretrained(folder, max_shard_size="100KB" if "sharded" in name else "1GB")
+__all__ = ["MODELS", "Rig", "build", "free_port", "greedy_reference", "model_folder", "one_run", "transformers_logits"]
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`model_folder(name)` for a name in MODELS: a random-weight folder from save_pretrained."""
+    """`model_folder(name)` for a name in MODELS: a folder of random weights."""
     root = tmp_path_factory.mktemp("models")
 
     def make(name: str) -> Path:
         folder = root / name
         if not folder.exists():
-            _save(name, folder)
+            save(name, folder)
         return folder
 
     return make
-
-
-def transformers_logits(folder: Path, ids: list[int]) -> F32:
-    """Reference logits float32[len(ids), vocabulary], computed in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits: F32 = model(torch.tensor([ids])).logits[0].numpy()
-    return logits
 
 
 @dataclass
@@ -86,12 +49,18 @@ class Rig:
     """One scheme over one model, in this process, with a worker of the test's choice."""
 
     scheme: Scheme
-    worker: HonestWorker
+    worker: Any  # HonestWorker, or InProcessWorker for schemes that run the model out there
     config: ModelConfig
     memory: SecureMemory
-    weights: Weights
+    inside: Weights | None = None
     source: PadSource | None = None
     bank: Bank | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Those of the trusted side, where it has any."""
+        assert self.inside is not None
+        return self.inside
 
     def fill(self) -> None:
         """Refill until the bank is full."""
@@ -137,6 +106,11 @@ def build(
     prefill: Any = "worker",
 ) -> Rig:
     """A rig; secure-infer starts with a full bank."""
+    if scheme == "kv-shield":
+        shield = build_shield(folder)
+        return Rig(shield.scheme, shield.worker, shield.config, shield.memory)
+    if scheme == "plain":
+        return _plain(folder, precision)
     config, checkpoint = ModelConfig.from_hf(folder), Checkpoint(folder)
     memory, int8 = SecureMemory(budget), precision == "int8"
     weights = Weights(checkpoint, config, memory, int8)
@@ -155,6 +129,13 @@ def build(
     rig = Rig(infer, simulated, config, memory, weights, source, bank)
     rig.fill()
     return rig
+
+
+def _plain(folder: Path, precision: str) -> Rig:
+    config = ModelConfig.from_hf(folder)
+    number = pb.PRECISION_INT8 if precision == "int8" else pb.PRECISION_FLOAT32
+    outside = InProcessWorker(folder, config, number)
+    return Rig(Plain(config, outside), outside, config, SecureMemory(1 << 16))
 
 
 @pytest.fixture

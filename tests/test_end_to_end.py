@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
-from tests.conftest import MODELS, build
+from tests.conftest import MODELS, build, greedy_reference
 from tests.simulators.proxies import Proxy, Tamper
 from trusted_worker import arithmetic
 from wire.errors import VerificationError
@@ -43,24 +43,52 @@ def answer(folder: Path, *flags: str) -> dict[str, Any]:
 
 
 def expected_tokens(folder: Path) -> list[int]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens: list[int] = model.generate(
-        torch.tensor([PROMPT]), max_new_tokens=64, do_sample=False, eos_token_id=300, pad_token_id=0
-    )[0, len(PROMPT) :].tolist()
-    return tokens
+    """What transformers says, up to an end of sequence."""
+    tokens = greedy_reference(folder, PROMPT, 64)
+    return tokens[: tokens.index(300) + 1] if 300 in tokens else tokens
 
 
 @pytest.mark.parametrize("name", MODELS[1:3])
 def test_float32_schemes_say_what_transformers_says(model_folder: Callable[[str], Path], name: str) -> None:
     folder = model_folder(name)
     expected = expected_tokens(folder)
-    for scheme in ("plain", "split", "tee-only"):
+    for scheme in ("plain", "split", "tee-only", "kv-shield"):
         said = answer(folder, "--scheme", scheme, "--precision", "float32")
         assert said["token_ids"] == expected, scheme
         assert (said["scheme"], said["precision"]) == (scheme, "float32")
+
+
+SHIELDS = {
+    "gpt2-bare": ["--rotate-every", "7", "--seal-idle"],
+    "chatglm3": ["--rope", "worker"],
+    "qwen3": ["--kv-dtype", "float32", "--rotate-every", "20"],
+}
+
+
+@pytest.mark.parametrize("name", SHIELDS)
+def test_kv_shield_says_what_transformers_says_in_other_families(
+    model_folder: Callable[[str], Path], name: str
+) -> None:
+    folder = model_folder(name)
+    said = answer(folder, "--scheme", "kv-shield", *SHIELDS[name])
+    assert said["token_ids"] == expected_tokens(folder)
+    assert (said["scheme"], said["precision"]) == ("kv-shield", "float32")
+
+
+def test_a_sealed_model_says_what_the_model_says_and_opens_with_its_key_only(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, sealed, key = model_folder("llama-bf16-tied-sharded"), tmp_path / "sealed", tmp_path / "key"
+    words = ["seal-model", "--model", str(folder), "--out", str(sealed), "--key-file", str(key)]
+    subprocess.run([sys.executable, "-m", "trusted_worker", *words], cwd=ROOT, check=True, timeout=60)
+    expected = expected_tokens(folder)
+    for flags in (["--scheme", "kv-shield"], ["--scheme", "tee-only", "--precision", "float32"]):
+        said = answer(sealed, "--model-key-file", str(key), *flags)
+        assert said["token_ids"] == expected
+    for flags, word in ((["--scheme", "kv-shield"], "--model-key-file"), (["--model-key-file", str(key)], "tee-only")):
+        refused = chat(sealed, *flags)
+        assert refused.returncode != 0
+        assert word in refused.stderr.splitlines()[-1]
 
 
 def test_secure_infer_says_what_split_says_bit_for_bit(model_folder: Callable[[str], Path]) -> None:
@@ -86,6 +114,9 @@ BAD = {
     "context too long": (["--max-context", "100000"], "context"),
     "budget too small": (["--memory-budget", "64KiB"], "budget"),
     "float32 secure-infer": (["--precision", "float32"], "int8"),
+    "int8 kv-shield": (["--scheme", "kv-shield", "--precision", "int8"], "float32"),
+    "rotation without kv-shield": (["--rotate-every", "5"], "kv-shield"),
+    "an element type of nobody": (["--scheme", "kv-shield", "--kv-dtype", "int3"], "int3"),
 }
 
 

@@ -15,6 +15,10 @@ _PRCTL = {"not dumpable": (4, 0), "no new privileges": (38, 1)}  # PR_SET_DUMPAB
 
 def main() -> None:
     """Run until SIGTERM or SIGINT. Exit status 2 with one line on stderr for a bad model, address or budget."""
+    if sys.argv[1:2] == ["seal-model"]:
+        from trusted_worker import sealed_model
+
+        sys.exit(sealed_model.run(sys.argv[2:]))
     settings = parse()
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     logging.basicConfig(level=logging.INFO, format="trusted-worker %(levelname)s %(name)s %(message)s")

@@ -37,21 +37,35 @@ def rms_norm(x: F32, gain: F32, eps: float, scratch: Scratch) -> F32:
     return np.multiply(out, gain, out=out)
 
 
-def rotary_frequencies(head_dim: int, theta: float) -> F32:
-    """Inverse frequencies float32[d/2] of rotary embeddings (Su et al. 2021)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies: F32 = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
-    return frequencies
+def layer_norm(x: F32, gain: F32, bias: F32, eps: float, scratch: Scratch) -> F32:
+    """(x - mean) / standard deviation * gain + bias, row by row: float32[m, k] (Ba et al. 2016; GPT-2's form)."""
+    out: F32 = scratch.empty(x.shape, np.float32)
+    np.subtract(x, x.mean(axis=1, keepdims=True), out=out)
+    variance = np.square(out).mean(axis=1, keepdims=True)
+    out *= 1.0 / np.sqrt(variance + np.float32(eps))
+    out *= gain
+    return np.add(out, bias, out=out)
 
 
-def rotate(x: F32, positions: I32, frequencies: F32) -> None:
-    """Rotate float32[m, heads, d] in place by position; pairs are (i, i + d/2), as Hugging Face stores Llama."""
+def normalise_heads(x: F32, gain: F32, eps: float) -> None:
+    """RMSNorm in place over each head of float32[m, heads, d], gain float32[d] (Qwen3's QK norm)."""
+    x *= 1.0 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps))
+    x *= gain
+
+
+def rotate(x: F32, positions: I32, frequencies: F32, interleaved: bool = False) -> None:
+    """Rotate the first 2 * len(frequencies) dims of float32[m, heads, d] in place by position (Su et al. 2021).
+
+    Pairs are (2i, 2i + 1) when interleaved, else (i, i + half of the rotated dims), as Hugging Face stores Llama.
+    """
     angles = positions.astype(np.float32)[:, None, None] * frequencies
     cos, sin = np.cos(angles), np.sin(angles)
-    half = x.shape[-1] // 2
-    low, high = x[..., :half].copy(), x[..., half:]
-    x[..., :half] = low * cos - high * sin
-    x[..., half:] = high * cos + low * sin
+    half = len(frequencies)
+    low = x[..., 0 : 2 * half : 2] if interleaved else x[..., :half]
+    high = x[..., 1 : 2 * half : 2] if interleaved else x[..., half : 2 * half]
+    before = low.copy()
+    low[...] = before * cos - high * sin
+    high[...] = high * cos + before * sin
 
 
 def attend(q: F32, keys: F32, values: F32, out: F32) -> None:
@@ -76,6 +90,21 @@ def silu_times(gate_up: F32, scratch: Scratch) -> F32:
     out += 1.0
     np.divide(gate, out, out=out)
     return np.multiply(out, up, out=out)
+
+
+def gelu(x: F32, scratch: Scratch) -> F32:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))): GPT-2's gelu_new, float32[m, f]."""
+    out: F32 = scratch.empty(x.shape, np.float32)
+    np.multiply(x, x, out=out)
+    out *= np.float32(0.044715)
+    out += 1.0
+    out *= x
+    out *= np.float32((2 / np.pi) ** 0.5)
+    np.tanh(out, out=out)
+    out += 1.0
+    out *= x
+    out *= np.float32(0.5)
+    return out
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-SCHEMES = ("plain", "split", "tee-only", "secure-infer")
+SCHEMES = ("plain", "split", "tee-only", "kv-shield", "secure-infer")
 PRECISIONS = ("float32", "int8")
 PREFILL = ("auto", "inside", "worker")
+KV_TYPES = ("float32", "float16", "int8")
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -25,6 +27,11 @@ class Settings:
     pad_bank: int
     spill_dir: str | None
     prefill: str
+    rope: str
+    kv_dtype: str
+    rotate_every: int
+    seal_idle: bool
+    model_key_file: Path | None
     max_context: int
     step_seconds: float
     session_seconds: float
@@ -65,20 +72,43 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     _add_model_flags(parser)
     _add_memory_flags(parser)
+    _add_kv_shield_flags(parser)
     _add_service_flags(parser)
     given = vars(parser.parse_args(arguments))
-    if given["scheme"] == "secure-infer" and given["precision"] != "int8":
-        parser.error("secure-infer computes in a ring of integers: use --precision int8")
+    given["precision"] = given["precision"] or ("float32" if given["scheme"] == "kv-shield" else "int8")
+    _check(parser, given)
     if given["threads"] == 0:
         given["threads"] = (os.cpu_count() or 1) if given["scheme"] == "tee-only" else 1
     return Settings(**given)
+
+
+def _check(parser: argparse.ArgumentParser, given: dict[str, Any]) -> None:
+    """What does not go together."""
+    scheme = given["scheme"]
+    if scheme == "secure-infer" and given["precision"] != "int8":
+        parser.error("secure-infer computes in a ring of integers: use --precision int8")
+    if scheme == "kv-shield" and given["precision"] != "float32":
+        parser.error("kv-shield computes in float32: leave --precision out; --kv-dtype makes its cache smaller")
+    if scheme != "kv-shield" and (given["rope"] != "trusted" or given["rotate_every"] or given["seal_idle"]):
+        parser.error("--rope, --rotate-every and --seal-idle belong to --scheme kv-shield")
+    if scheme not in ("kv-shield", "plain") and given["kv_dtype"] != "float32":
+        parser.error("--kv-dtype is for caches on the GPU worker: --scheme kv-shield or plain")
+
+
+def _add_kv_shield_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("kv-shield").add_argument
+    add("--rope", choices=("trusted", "worker"), default="trusted", help="worker: permute V only, one crossing a layer")
+    add("--kv-dtype", choices=KV_TYPES, default="float32", help="elements of the cache (default: float32)")
+    add("--rotate-every", type=count, default=0, metavar="N", help="new permutations every N tokens (default: never)")
+    add("--seal-idle", action="store_true", help="park the cache of an idle conversation here, sealed")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder in Hugging Face layout")
     add("--scheme", choices=SCHEMES, default="secure-infer")
-    add("--precision", choices=PRECISIONS, default="int8")
+    add("--precision", choices=PRECISIONS, help="default: int8; float32 for kv-shield")
+    add("--model-key-file", type=Path, metavar="FILE", help="key of a model that `seal-model` sealed")
     add("--prefill", choices=PREFILL, default="auto", help="where prompt rows of secure-infer are multiplied")
     add("--max-context", type=count, default=0, help="most tokens of one session (default: the model's)")
     add("--threads", type=count, default=0, help="BLAS threads (default: all cores for tee-only, else 1)")

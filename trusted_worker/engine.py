@@ -164,12 +164,14 @@ class Engine(threading.Thread):
         """Rows for one step: single rows first, so that they get pads first."""
         self._sessions.rotate(-1)
         ready = [session for session in self._sessions if session.rows][: head_rows(self._max_rows)]
+        for session in ready:
+            self._guard(session.cache.wake, [session])
         ids: list[int] = []
         runs, logit_rows, members = [], [], []
         for session in sorted(ready, key=lambda one: one.rows > 1):
-            count = min(session.rows, self._max_rows - len(ids))
+            count = min(session.rows, self._max_rows - len(ids))  # none for a session that did not wake
             if not count:
-                break
+                continue
             taken, wants = session.take(count)
             runs.append(Run(session.cache, len(ids), len(ids) + count, session.cache.length))
             ids.extend(taken)

@@ -23,6 +23,14 @@ class Cache(Protocol):
         """These tokens are part of the sequence now."""
         ...
 
+    def rest(self) -> None:
+        """The turn is over: nothing will be asked of this sequence for a while."""
+        ...
+
+    def wake(self) -> None:
+        """The sequence takes part in the next step. Raises what makes that impossible, for this sequence only."""
+        ...
+
     def free(self) -> None:
         """Wipe and give back."""
         ...
@@ -45,13 +53,19 @@ class KVCache:
         self._block.array[layer, 0, :, self.length : end] = k.transpose(1, 0, 2)
         self._block.array[layer, 1, :, self.length : end] = v.transpose(1, 0, 2)
 
-    def prefix(self, layer: int, tokens: int) -> tuple[F32, F32]:
-        """The first tokens' keys and values, float32[kv_heads, tokens, head_dim] each, without a copy."""
-        return self._block.array[layer, 0, :, :tokens], self._block.array[layer, 1, :, :tokens]
+    def tokens(self, layer: int, start: int, end: int) -> tuple[F32, F32]:
+        """Keys and values of tokens start to end, float32[kv_heads, end - start, head_dim] each, without a copy."""
+        return self._block.array[layer, 0, :, start:end], self._block.array[layer, 1, :, start:end]
 
     def commit(self, tokens: int) -> None:
         """The step is through: its tokens are part of the sequence now."""
         self.length += tokens
+
+    def rest(self) -> None:
+        """It stays where it is."""
+
+    def wake(self) -> None:
+        """It is where it was."""
 
     def free(self) -> None:
         """Wipe and give the memory back."""

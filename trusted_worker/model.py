@@ -1,10 +1,10 @@
 """The decoder, top to bottom, with a hole where each linear goes: the scheme fills the holes.
 
-Everything here is in the clear and inside the arena: embedding, RMSNorm, RoPE, QK^T, softmax, AV, KV cache, SiLU,
-residuals. `Product` is one linear for some rows of the batch; a scheme decides where and how it is computed.
+Everything here is in the clear and inside the arena: embedding, norms, RoPE, QK^T, softmax, AV, KV cache, activation
+functions, residuals. `Product` is one linear for some rows of the batch; a scheme decides where and how it is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from trusted_worker.kv_cache import Cache, KVCache
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire.linears import Linear, LinearSpec
+from wire.model_config import ModelConfig
+from wire.parameters import Kind, Name
 
 # (linear, x float32[len(rows), k], which rows of the batch these are) -> float32[len(rows), n], bias included
 Product = Callable[[LinearSpec, F32, I32], F32]
@@ -44,13 +46,31 @@ class Batch:
         return np.concatenate([run.position + np.arange(run.stop - run.start, dtype=np.int32) for run in self.runs])
 
 
+class HeadTransform:
+    """What becomes of q and k between projection and attention: QK norm and RoPE, as the model asks."""
+
+    def __init__(self, config: ModelConfig, vectors: Mapping[Name, F32]) -> None:
+        self._config, self._vectors = config, vectors
+        self._frequencies = config.inverse_frequencies()
+
+    def apply(self, layer: int, heads: F32, positions: I32) -> None:
+        """In place on q beside k, float32[m, query heads + key heads, d]."""
+        config = self._config
+        if config.qk_norm:
+            q, k = heads[:, : config.heads], heads[:, config.heads :]
+            arithmetic.normalise_heads(q, self._vectors[Name(Kind.Q_NORM, layer)], config.norm_eps)
+            arithmetic.normalise_heads(k, self._vectors[Name(Kind.K_NORM, layer)], config.norm_eps)
+        if config.rope is not None:
+            arithmetic.rotate(heads, positions, self._frequencies, config.rope.interleaved)
+
+
 class Decoder:
-    """A Llama-like decoder over `weights`, for at most as many rows as `scratch` holds."""
+    """A decoder over `weights`, for at most as many rows as `scratch` holds."""
 
     def __init__(self, weights: Weights, scratch: Scratch) -> None:
         self._weights, self._scratch = weights, scratch
         self._config = weights.config
-        self._frequencies = arithmetic.rotary_frequencies(self._config.head_dim, self._config.rope_theta)
+        self._heads = HeadTransform(self._config, weights.vectors)
         self._linears = {(spec.layer, spec.linear): spec for spec in weights.specs}
 
     def forward(self, batch: Batch, product: Product) -> F32:
@@ -60,6 +80,8 @@ class Decoder:
         with scratch.frame():
             hidden: F32 = scratch.empty((len(rows), config.hidden), np.float32)
             self._weights.embed(batch.ids, hidden)
+            if self._weights.positions is not None:
+                hidden += self._weights.positions[batch.positions]
             for layer in range(config.layers):
                 self._attention(layer, hidden, batch, rows, product)
                 self._feed_forward(layer, hidden, rows, product)
@@ -72,17 +94,16 @@ class Decoder:
         if not len(rows):  # a prefill chunk that is not the last one
             return np.empty((0, self._config.vocabulary), np.float32)
         last = np.ascontiguousarray(hidden[rows])
-        normed = arithmetic.rms_norm(last, self._weights.final_norm, self._config.norm_eps, self._scratch)
+        normed = self._norm(Kind.FINAL_NORM, 0, last)
         return product(self._linears[0, Linear.LM_HEAD], normed, rows).copy()
 
     def _attention(self, layer: int, hidden: F32, batch: Batch, rows: I32, product: Product) -> None:
         scratch, config = self._scratch, self._config
         with scratch.frame():
-            x = arithmetic.rms_norm(hidden, self._weights.norms[layer][0], config.norm_eps, scratch)
+            x = self._norm(Kind.ATTENTION_NORM, layer, hidden)
             qkv = product(self._linears[layer, Linear.QKV], x, rows)
             heads = qkv.reshape(len(rows), -1, config.head_dim)
-            rotated = config.heads + config.kv_heads
-            arithmetic.rotate(heads[:, :rotated], batch.positions, self._frequencies)
+            self._heads.apply(layer, heads[:, : config.heads + config.kv_heads], batch.positions)
             mixed: F32 = scratch.empty((len(rows), config.heads, config.head_dim), np.float32)
             for run in batch.runs:
                 self._attend(layer, run, heads[run.start : run.stop], mixed[run.start : run.stop])
@@ -96,16 +117,24 @@ class Decoder:
             raise TypeError("the decoder runs over caches in the arena")
         cache.append(layer, heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :])
         for row in range(len(heads)):
-            keys, values = cache.prefix(layer, run.position + row + 1)
+            end = run.position + row + 1
+            keys, values = cache.tokens(layer, max(0, end - self._config.window) if self._config.window else 0, end)
             arithmetic.attend(heads[row, :q_heads], keys, values, out[row])
 
     def _feed_forward(self, layer: int, hidden: F32, rows: I32, product: Product) -> None:
         scratch = self._scratch
         with scratch.frame():
-            x = arithmetic.rms_norm(hidden, self._weights.norms[layer][1], self._config.norm_eps, scratch)
-            gate_up = product(self._linears[layer, Linear.GATE_UP], x, rows)
-            inner = arithmetic.silu_times(gate_up, scratch)
+            x = self._norm(Kind.FFN_NORM, layer, hidden)
+            up = product(self._linears[layer, Linear.GATE_UP], x, rows)
+            inner = arithmetic.silu_times(up, scratch) if self._config.gated else arithmetic.gelu(up, scratch)
             hidden += product(self._linears[layer, Linear.DOWN], inner, rows)
+
+    def _norm(self, kind: Kind, layer: int, x: F32) -> F32:
+        vectors, eps = self._weights.vectors, self._config.norm_eps
+        gain = vectors[Name(kind, layer)]
+        if self._config.layer_norm:
+            return arithmetic.layer_norm(x, gain, vectors[Name(kind, layer, bias=True)], eps, self._scratch)
+        return arithmetic.rms_norm(x, gain, eps, self._scratch)
 
 
 def scratch_bytes(weights: Weights, rows: int) -> int:

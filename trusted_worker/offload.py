@@ -7,7 +7,7 @@ deadline: `expire`, called from the asyncio thread, cancels a call that is over 
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,14 @@ from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
 
 LOAD_SECONDS = 600.0
+_ANSWERS: dict[str | None, type] = {
+    "ring_matmul": np.int32,
+    "matmul": np.float32,
+    "forward": np.float32,
+    "chain": np.float32,
+    "cache": np.int32,
+    "provision": np.float32,
+}
 
 
 @dataclass
@@ -36,6 +44,8 @@ class GpuWorker:
 
     def __init__(self, target: str, model: str, precision: pb.Precision.ValueType, seconds: float = 60.0) -> None:
         self.traffic = Traffic()
+        self.stream = 0  # counts streams: what the worker held for an earlier one is gone
+        self.greet: Callable[[], None] | None = None  # runs on every new stream before anything else
         self._target, self._model, self._precision, self._seconds = target, model, precision, seconds
         self._channel: grpc.Channel | None = None
         self._requests: queue.SimpleQueue[pb.ExecuteRequest | None] = queue.SimpleQueue()
@@ -59,10 +69,13 @@ class GpuWorker:
             raise _local_error(error) from None
         self._requests = queue.SimpleQueue()
         self._responses = stub.Execute(iter(self._requests.get, None))
+        if self.greet is not None:
+            self.greet()
 
     def close(self) -> None:
         """End the stream; the worker drops what it reserved for it."""
         if self._channel is not None:
+            self.stream += 1
             self._requests.put(None)
             self._channel.close()
         self._channel, self._responses = None, None
@@ -74,7 +87,7 @@ class GpuWorker:
             responses.cancel()
 
     def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
-        """One exchange. `shape` is that of the answer, whose dtype is the request's (float32 for FORWARD).
+        """One exchange. `shape` is that of the answer; None for an operation that answers without a tensor.
 
         Raises VerificationError for an answer of any other form, UnavailableError or DeadlineError when none comes.
         """
@@ -83,7 +96,7 @@ class GpuWorker:
         self._started = time.monotonic()
         try:
             self._send(operation, array)
-            answer = self._receive(shape, np.dtype(np.float32) if operation.HasField("forward") else None, array)
+            answer = self._receive(shape, np.dtype(_ANSWERS[operation.WhichOneof("kind")]))
         except grpc.RpcError as error:
             late = time.monotonic() - self._started > self._seconds
             self.close()
@@ -108,17 +121,16 @@ class GpuWorker:
             self.traffic.bytes_up += frame.ByteSize()
             self._requests.put(frame)
 
-    def _receive(self, shape: tuple[int, ...] | None, dtype: Any, sent: codec.Array | None) -> codec.Array:
+    def _receive(self, shape: tuple[int, ...] | None, dtype: np.dtype[Any]) -> codec.Array:
         frames = self._frames()
         first = next(frames)
-        expected = dtype or (sent.dtype if sent is not None else None)
         try:
             if shape is None:
                 return np.empty(0, np.float32)
             if tuple(first.header.shape) != shape:
                 raise VerificationError
             assembler = codec.Assembler(first.header)
-            if assembler.dtype != expected:
+            if assembler.dtype != dtype:
                 raise VerificationError
             assembler.add(first.data)
             while not assembler.done:

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Callable
 from typing import cast
 
 from trusted_worker.config import Settings
@@ -11,16 +12,28 @@ from trusted_worker.model import scratch_bytes
 from trusted_worker.offload import GpuWorker
 from trusted_worker.pads import Bank, PadSource
 from trusted_worker.sampling import Sampler
+from trusted_worker.schemes import kv_shield
 from trusted_worker.schemes.base import Scheme
+from trusted_worker.schemes.kv_shield import KvShield
 from trusted_worker.schemes.plain import Plain
 from trusted_worker.schemes.secure_infer import Prefill, SecureInfer
 from trusted_worker.schemes.split import Split
 from trusted_worker.schemes.tee_only import TeeOnly
+from trusted_worker.sealed_model import is_sealed, open_sealed, read_key
+from trusted_worker.sealed_pages import PageStore
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.session import MAX_FRAME_TOKENS, Session
 from trusted_worker.weights import Weights
 from wire.checkpoint import Checkpoint
-from wire.errors import ContextError, ExhaustedError, PreconditionError, UnauthenticatedError, UnavailableError
+from wire.errors import (
+    CheckpointError,
+    ContextError,
+    ExhaustedError,
+    PreconditionError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from wire.kv_pages import KvType
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2
 from wire.v1 import trusted_worker_pb2 as pb
@@ -131,21 +144,66 @@ class Service:
     def _build(self) -> Scheme:
         settings, memory = self._settings, self._memory
         if settings.scheme == "plain":
-            return Plain(self.config, self.worker)
-        checkpoint = Checkpoint(settings.model)
+            self._refuse_sealed()
+            return Plain(self.config, self.worker, KvType[settings.kv_dtype.upper()])
+        if settings.scheme == "kv-shield":
+            return self._kv_shield()
+        checkpoint = self._checkpoint()
         int8 = settings.precision == "int8"
         weights = Weights(checkpoint, self.config, memory, int8)
-        rows = _rows(weights, memory)
-        self.engine.limit_rows(rows)
-        scratch = Scratch(memory, scratch_bytes(weights, rows))
+        scratch = self._scratch(lambda rows: scratch_bytes(weights, rows))
         if settings.scheme == "tee-only":
             return TeeOnly(weights, memory, scratch, int8)
+        self._refuse_sealed()
         if settings.scheme == "split":
             return Split(weights, memory, scratch, self.worker, int8)
         boot_key = secrets.token_bytes(32)
         source = PadSource(boot_key, checkpoint.digest())
         bank = Bank(boot_key, weights.specs, settings.pad_bank, settings.spill_dir)
         return SecureInfer(weights, memory, scratch, self.worker, source, bank, cast(Prefill, settings.prefill))
+
+    def _kv_shield(self) -> KvShield:
+        settings, kv_type = self._settings, KvType[self._settings.kv_dtype.upper()]
+        log.warning("%s", kv_shield.WARNING)
+        options = kv_shield.Options(
+            rope_on_worker=settings.rope == "worker",
+            kv_type=kv_type,
+            rotate_every=settings.rotate_every,
+            seal_idle=settings.seal_idle,
+            provision_all=is_sealed(settings.model),
+        )
+        scratch = self._scratch(lambda rows: kv_shield.scratch_bytes(self.config, kv_type, rows))
+        pages = PageStore(secrets.token_bytes(32), settings.spill_dir)
+        checkpoint = self._checkpoint()
+        scheme = KvShield(checkpoint, self.config, self._memory, scratch, self.worker, pages, options)
+        self.worker.greet = scheme.provision
+        return scheme
+
+    def _checkpoint(self) -> Checkpoint:
+        """The model's weights, opened here if they are sealed. Raises CheckpointError, PreconditionError."""
+        settings = self._settings
+        if settings.model_key_file is not None:
+            return open_sealed(settings.model, read_key(settings.model_key_file), self.config)
+        if is_sealed(settings.model):
+            raise CheckpointError(f"{settings.model} is sealed: say where its key is with --model-key-file FILE")
+        return Checkpoint(settings.model)
+
+    def _refuse_sealed(self) -> None:
+        if is_sealed(self._settings.model):
+            raise PreconditionError(
+                f"{self._settings.model} is sealed, and {self._settings.scheme} needs a GPU worker that reads it from "
+                "its own disk: use --scheme kv-shield or tee-only"
+            )
+
+    def _scratch(self, needed: Callable[[int], int]) -> Scratch:
+        """Scratch for as many rows as a quarter of the budget holds. Raises ExhaustedError when not even one fits."""
+        rows, memory = MAX_ROWS, self._memory
+        while rows > 1 and needed(rows) > max(memory.budget // 4, needed(1)):  # nothing is saved below
+            rows //= 2
+        if needed(rows) > memory.largest_free():
+            raise ExhaustedError(f"a memory budget of {memory.budget} bytes does not hold one row of this model")
+        self.engine.limit_rows(rows)
+        return Scratch(memory, needed(rows))
 
 
 def _open(scheme: Scheme, most: int) -> Cache:
@@ -158,16 +216,6 @@ def _open(scheme: Scheme, most: int) -> Cache:
             if tokens <= SMALL_CONTEXT:
                 raise
             tokens //= 2
-
-
-def _rows(weights: Weights, memory: SecureMemory) -> int:
-    """Rows of one step: as many as a quarter of the budget holds. Raises ExhaustedError when not even one fits."""
-    rows = MAX_ROWS
-    while rows > 1 and scratch_bytes(weights, rows) > memory.budget // 4:
-        rows //= 2
-    if scratch_bytes(weights, rows) > memory.largest_free():
-        raise ExhaustedError(f"a memory budget of {memory.budget} bytes does not hold one row of this model")
-    return rows
 
 
 def _rss() -> int:

@@ -49,7 +49,7 @@ class Session:
         if self._emit is not emit:
             return False
         self._emit = None
-        self._in_turn, self._credit = False, 0
+        self._rest()
         return True
 
     def feed(self, ids: list[int], credit: int, end_turn: bool) -> None:
@@ -115,8 +115,14 @@ class Session:
             self._pending.clear()
 
     def _finish(self, reason: pb.FinishReason.ValueType) -> None:
-        self._in_turn, self._credit = False, 0
+        self._rest()
         self._send(pb.DecodeResponse(final=pb.Final(reason=reason, context_tokens=len(self._tokens))))
+
+    def _rest(self) -> None:
+        """The turn is over."""
+        self._in_turn, self._credit = False, 0
+        if not self.dead:
+            self.cache.rest()
 
     def _send(self, event: Event) -> None:
         if self._emit is not None:

@@ -16,8 +16,9 @@ from trusted_worker.arithmetic import F32, I8, I32
 from trusted_worker.secure_memory import SecureMemory
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError, VerificationError
-from wire.linears import EMBEDDING, FINAL_NORM, LinearSpec, all_specs, norm_names, read_bias, read_tiles
+from wire.linears import LinearSpec, all_specs
 from wire.model_config import ModelConfig
+from wire.parameters import Kind, Name, Parameter, parameters, read, tiles, weight_name
 from wire.quantize import quantize_rows
 
 TILE_ELEMENTS = 1 << 18  # weights of one tile: 2 MiB as float64
@@ -32,9 +33,11 @@ class Weights:
         self._checkpoint, self._memory, self._int8 = checkpoint, memory, int8
         self.config = config
         self.specs = all_specs(config)
-        self.bias = {spec: self._keep("bias", read_bias(checkpoint, spec)) for spec in self.specs}
-        self.norms = [self._gains(names) for names in map(norm_names, range(config.layers))]
-        self.final_norm = self._gains((FINAL_NORM,))[0]
+        self._parameters = parameters(config)
+        self.vectors = {name: self._keep(one)[:, 0] for name, one in self._parameters.items() if one.width == 1}
+        self.bias = {
+            spec: self.vectors.get(Name(Kind.LINEAR, spec.layer, spec.linear, bias=True)) for spec in self.specs
+        }
         self.scale: dict[LinearSpec, F32] = {}
         self._resident: dict[LinearSpec, Tile] = {}
         self._digests: dict[tuple[LinearSpec, int], bytes] = {}
@@ -93,10 +96,9 @@ class Weights:
         dtype = np.int8 if self._int8 else np.float32
         table = self._memory.allocate("embedding", (config.vocabulary, config.hidden), dtype).array
         scale = self._memory.allocate("scales", (config.vocabulary,), np.float32).array
-        rows = max(1, TILE_ELEMENTS // config.hidden)
-        for first in range(0, config.vocabulary, rows):
-            stop = min(first + rows, config.vocabulary)
-            tile = self._checkpoint.read_rows(EMBEDDING, (config.vocabulary, config.hidden), first, stop)
+        embedding = self._parameters[Name(Kind.EMBEDDING)]
+        for first, tile in tiles(self._checkpoint, embedding, max(1, TILE_ELEMENTS // config.hidden)):
+            stop = first + len(tile)
             if self._int8:
                 table[first:stop], scale[first:stop] = quantize_rows(tile)
             else:
@@ -104,10 +106,13 @@ class Weights:
         self._embedding, self._embedding_scale = table, scale
         if config.tied:
             self._resident[head], self.scale[head] = table, scale
+        positions = self._parameters.get(Name(Kind.POSITIONS))
+        self.positions = self._keep(positions) if positions else None
 
     def _read(self, spec: LinearSpec, scale: F32) -> Iterator[tuple[int, Tile]]:
         """Tiles from disk in the working precision; their scales go to `scale`."""
-        for first, tile in read_tiles(self._checkpoint, spec, _tile_rows(spec)):
+        parameter = self._parameters[weight_name(self.config, spec)]
+        for first, tile in tiles(self._checkpoint, parameter, _tile_rows(spec)):
             if self._int8:
                 quantized: I8
                 quantized, scale[first : first + len(tile)] = quantize_rows(tile)
@@ -115,14 +120,11 @@ class Weights:
             else:
                 yield first, tile
 
-    def _gains(self, names: tuple[str, ...]) -> tuple[F32, ...]:
-        return tuple(self._keep("norms", self._checkpoint.read(name, (self.config.hidden,))) for name in names)
-
-    def _keep(self, owner: str, array: F32 | None) -> Any:
-        if array is None:
-            return None
-        kept = self._memory.allocate(owner, array.shape, np.float32).array
-        kept[...] = array
+    def _keep(self, parameter: Parameter) -> F32:
+        """A small parameter in the arena, float32[rows, width]."""
+        shape = (parameter.rows, parameter.width)
+        kept: F32 = self._memory.allocate(parameter.name.kind.name.lower(), shape, np.float32).array
+        kept[...] = read(self._checkpoint, parameter)
         return kept
 
 

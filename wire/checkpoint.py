@@ -7,10 +7,12 @@ checkpoint names its files in model.safetensors.index.json.
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +20,51 @@ import numpy.typing as npt
 from wire.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+DIGEST_BYTES = 1 << 20  # read at a time
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _OTHER_SIZES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
 
 
+class Source(Protocol):
+    """The bytes of one safetensors file, wherever they come from."""
+
+    size: int
+
+    def read(self, offset: int, into: npt.NDArray[np.uint8]) -> None:
+        """Fill `into` from `offset` on. Raises CheckpointError when the file does not hold as much."""
+        ...
+
+    def close(self) -> None:
+        """No more reads."""
+        ...
+
+
+class FileSource:
+    """A file on disk, read with pread: what was read is ours, whatever happens to the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._file).st_size
+
+    def read(self, offset: int, into: npt.NDArray[np.uint8]) -> None:
+        """See Source."""
+        view, done = into.data, 0
+        while done < len(view):
+            read = os.preadv(self._file, [view[done : done + (1 << 30)]], offset + done)
+            if read <= 0:
+                raise CheckpointError("the checkpoint became shorter while it was read")
+            done += read
+
+    def close(self) -> None:
+        """See Source."""
+        os.close(self._file)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file descriptor, absolute offset in bytes, shape, safetensors dtype name."""
+    """Where one tensor lies: its file, absolute offset in bytes, shape, safetensors dtype name."""
 
-    file: int
+    file: Source
     offset: int
     shape: tuple[int, ...]
     dtype: str
@@ -53,13 +91,14 @@ def to_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
 class Checkpoint:
     """The tensors of a model folder in Hugging Face layout. Raises CheckpointError for whatever does not add up."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, suffix: str = "", open_source: Callable[[Path], Source] = FileSource) -> None:
+        """`suffix` and `open_source`: what follows the files' usual names, and how such a file is read."""
         require_folder(folder)
         self._tensors: dict[str, TensorInfo] = {}
-        self._files: list[int] = []
+        self._files: list[Source] = []
         try:
-            for path in _shards(folder):
-                self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            for path in _shards(folder, suffix):
+                self._files.append(open_source(path))
                 self._tensors |= _read_header(self._files[-1], path)
         except BaseException:
             self.close()
@@ -68,73 +107,87 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; reads fail afterwards."""
         while self._files:
-            os.close(self._files.pop())
+            self._files.pop().close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return self._find(name) is not None
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises CheckpointError when it is missing or has no float dtype."""
-        if name not in self._tensors:
+        info = self._find(name)
+        if info is None:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
-        info = self._tensors[name]
         if info.dtype not in _SIZES:
             raise CheckpointError(f"tensor {name} has dtype {info.dtype}; F32, F16 and BF16 are supported")
         return info
 
     def read(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """A whole tensor as float32. Raises CheckpointError when its shape is not the expected one."""
-        info = self.info(name)
-        if info.shape != shape:
-            raise CheckpointError(f"tensor {name} has shape {info.shape}; the configuration asks for {shape}")
-        flat = np.empty(int(np.prod(shape)) * _SIZES[info.dtype], np.uint8)
-        _pread(info.file, info.offset, flat)
-        return to_float32(flat, info.dtype).reshape(shape)
+        """A whole tensor as float32. Raises CheckpointError for another shape, or values that are not finite."""
+        return self._read(name, shape, 0, math.prod(shape)).reshape(shape)
 
     def read_rows(self, name: str, shape: tuple[int, int], start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop of a matrix as float32[stop-start, shape[1]]."""
-        info = self.info(name)
-        if info.shape != shape:
-            raise CheckpointError(f"tensor {name} has shape {info.shape}; the configuration asks for {shape}")
-        width = shape[1] * _SIZES[info.dtype]
-        flat = np.empty((stop - start) * width, np.uint8)
-        _pread(info.file, info.offset + start * width, flat)
-        return to_float32(flat, info.dtype).reshape(stop - start, shape[1])
+        return self._read(name, shape, start * shape[1], (stop - start) * shape[1]).reshape(stop - start, shape[1])
+
+    def read_columns(self, name: str, shape: tuple[int, int], start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Columns start to stop of a matrix, as rows: float32[stop-start, shape[0]], C-contiguous."""
+        columns = np.empty((shape[0], stop - start), np.float32)
+        for row in range(shape[0]):
+            columns[row] = self._read(name, shape, row * shape[1] + start, stop - start)
+        return np.ascontiguousarray(columns.T)
 
     def digest(self) -> bytes:
         """SHA-256 over all files, in order of their names: what keys are bound to."""
         total = hashlib.sha256()
         for file in self._files:
             part = hashlib.sha256()
-            for offset in range(0, os.fstat(file).st_size, 1 << 22):
-                part.update(os.pread(file, 1 << 22, offset))
+            for offset in range(0, file.size, DIGEST_BYTES):
+                piece = np.empty(min(DIGEST_BYTES, file.size - offset), np.uint8)
+                file.read(offset, piece)
+                part.update(piece.data)
             total.update(part.digest())
         return total.digest()
 
+    def _find(self, name: str) -> TensorInfo | None:
+        """A checkpoint saved from the model without its head leaves out the first part of every name."""
+        return self._tensors.get(name) or self._tensors.get(name.partition(".")[2])
 
-def _shards(folder: Path) -> list[Path]:
+    def _read(self, name: str, shape: tuple[int, ...], first: int, count: int) -> npt.NDArray[np.float32]:
+        info = self.info(name)
+        if info.shape != shape:
+            raise CheckpointError(f"tensor {name} has shape {info.shape}; the configuration asks for {shape}")
+        size = _SIZES[info.dtype]
+        flat = np.empty(count * size, np.uint8)
+        info.file.read(info.offset + first * size, flat)
+        values = to_float32(flat, info.dtype)
+        if not (np.isfinite(values.max(initial=0)) and np.isfinite(values.min(initial=0))):
+            raise CheckpointError(f"tensor {name} holds values that are not finite")
+        return values
+
+
+def _shards(folder: Path, suffix: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
             raise CheckpointError(f"{index} is not a safetensors index") from error
-        paths = [folder / name for name in names]
+        paths = [folder / (name + suffix) for name in names]
     else:
-        paths = [folder / "model.safetensors"]
+        paths = [folder / f"model.safetensors{suffix}"]
     for path in paths:
         if not os.path.isfile(path):  # unlike Path.is_file, False for a name that cannot exist
             raise CheckpointError(f"{path} is missing")
     return paths
 
 
-def _read_header(file: int, path: Path) -> dict[str, TensorInfo]:
-    size = os.fstat(file).st_size
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
+def _read_header(file: Source, path: Path) -> dict[str, TensorInfo]:
+    size = file.size
+    length = int.from_bytes(_bytes(file, 0, min(size, 8)), "little")
     if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(f"{path}: the header's length does not fit the file; is it truncated?")
     try:
-        header = json.loads(os.pread(file, length, 8))
+        header = json.loads(_bytes(file, 8, length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _entry(file, 8 + length, entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -143,7 +196,7 @@ def _read_header(file: int, path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _entry(file: int, base: int, entry: dict[str, Any]) -> TensorInfo:
+def _entry(file: Source, base: int, entry: dict[str, Any]) -> TensorInfo:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     sizes = _SIZES | _OTHER_SIZES
@@ -167,11 +220,7 @@ def _check_ranges(entries: dict[str, dict[str, Any]], size: int, path: Path) -> 
         end = stop
 
 
-def _pread(file: int, offset: int, into: npt.NDArray[np.uint8]) -> None:
-    view = into.data
-    done = 0
-    while done < len(view):
-        read = os.preadv(file, [view[done : done + (1 << 30)]], offset + done)
-        if read <= 0:
-            raise CheckpointError("the checkpoint became shorter while it was read")
-        done += read
+def _bytes(file: Source, offset: int, count: int) -> bytes:
+    piece = np.empty(count, np.uint8)
+    file.read(offset, piece)
+    return piece.tobytes()

@@ -72,7 +72,7 @@ class VerificationError(CleaveError):
     code = grpc.StatusCode.DATA_LOSS
 
     def __init__(self) -> None:
-        super().__init__("verification failed: a result of the GPU worker was rejected; the session is closed")
+        super().__init__("verification failed: a result or a page from outside was rejected; the session is closed")
 
 
 class UnavailableError(CleaveError):

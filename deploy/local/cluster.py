@@ -31,6 +31,7 @@ class Settings:
     device: str = "auto"
     listen: str | None = None  # host:port; None: a Unix socket in the private folder
     insecure_plaintext: bool = False  # `listen` may be reachable from other machines
+    more: tuple[str, ...] = ()  # further words of the trusted worker's command line
 
     @property
     def offloads(self) -> bool:
@@ -40,7 +41,7 @@ class Settings:
     @property
     def ops(self) -> str:
         """The smallest set of operations that the GPU worker has to offer."""
-        whole = self.scheme == "plain" or (self.scheme == "split" and self.precision == "float32")
+        whole = self.scheme in ("plain", "kv-shield") or (self.scheme == "split" and self.precision == "float32")
         return "all" if whole else "ring"
 
 
@@ -108,7 +109,7 @@ class Cluster:
         argv = ["-m", "trusted_worker", "--listen", listen, "--gpu-worker", offload]
         argv += ["--model", str(settings.model.resolve()), "--scheme", settings.scheme]
         argv += ["--precision", settings.precision, "--memory-budget", settings.memory_budget]
-        argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto"]
+        argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto", *settings.more]
         return [*argv, "--insecure-plaintext"] if settings.insecure_plaintext else argv
 
     def _stop(self) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import MODELS, build, transformers_logits
+from tests.conftest import MODELS, build, greedy_reference, transformers_logits
 from trusted_worker import arithmetic
 from trusted_worker.model import Batch, Run
 from wire.linears import LinearSpec
 
-FLOAT32 = ("tee-only", "split")
+FLOAT32 = ("plain", "tee-only", "split", "kv-shield")
 INT8 = ("tee-only", "split", "secure-infer")
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(0, 300, 40)]
 
@@ -31,14 +31,7 @@ def test_float32_logits_are_those_of_transformers(folder: Path, scheme: str) -> 
 
 @pytest.mark.parametrize("scheme", FLOAT32)
 def test_float32_greedy_tokens_are_those_of_transformers(folder: Path, scheme: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = model.generate(
-        torch.tensor([PROMPT]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
-    )[0, len(PROMPT) :].tolist()
-    assert build(folder, scheme, "float32").greedy(PROMPT, 64) == expected
+    assert build(folder, scheme, "float32").greedy(PROMPT, 64) == greedy_reference(folder, PROMPT, 64)
 
 
 def test_secure_infer_equals_split_and_tee_only_bit_for_bit_in_any_chunking(folder: Path) -> None:

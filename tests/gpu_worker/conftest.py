@@ -11,42 +11,14 @@ import grpc.aio
 import numba
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from gpu_worker.server import Compute, Servicer, make_server
 from gpu_worker.worker import Worker
+from tests.gpu_worker import families
 from wire.channel import client_options
 from wire.v1 import gpu_worker_pb2_grpc
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 261,
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-
 Serve = Callable[..., AbstractAsyncContextManager[Any]]
-
-
-def _llama(**more: Any) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **more))
-
-
-def _qwen(**more: Any) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **more))
-
-
-def _save(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Biases and norm gains start as 0 and 1: make them count. Then save."""
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                tensor.add_(torch.randn_like(tensor) * 0.3)
-    model.to(dtype).save_pretrained(folder)
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
@@ -72,18 +44,17 @@ def one_thread_here() -> None:
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders by name: GQA in all, with and without biases, tied and untied, float32 and bfloat16."""
-    torch.manual_seed(7)
+    """Folders by name, of every family: with and without biases, tied and untied, float32 and bfloat16."""
     root = tmp_path_factory.mktemp("models")
-    made = {
-        "qwen-tied": (_qwen(tie_word_embeddings=True), torch.float32),
-        "qwen-untied-bf16": (_qwen(tie_word_embeddings=False, rope_theta=1e6), torch.bfloat16),
-        "llama-untied": (_llama(tie_word_embeddings=False), torch.float32),
-        "llama-biased-bf16": (_llama(attention_bias=True, mlp_bias=True, head_dim=16), torch.bfloat16),
-    }
-    for name, (model, dtype) in made.items():
-        _save(model, root / name, dtype)
-    return {name: root / name for name in made}
+    for name in families.MAKERS:
+        families.save(name, root / name)
+    return {name: root / name for name in families.MAKERS}
+
+
+@pytest.fixture
+def worker(model_folders: dict[str, Path]) -> Worker:
+    """A worker in this thread, with nothing loaded."""
+    return Worker(model_folders, "cpu", ring_only=False)
 
 
 @pytest.fixture

@@ -1,24 +1,28 @@
 """The decoder equals transformers in float32, agrees with itself in any chunking and batch, and stays near in int8."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from gpu_worker.cache import CacheBudget, CacheStore
+from gpu_worker.allowance import Allowance
+from gpu_worker.cache import CacheStore
+from gpu_worker.chain import forward
 from gpu_worker.decoder import Decoder
 from gpu_worker.model import Model
-from tests.simulators.workers import read_weight
+from gpu_worker.weights import Float32Weights, Int8Weights
+from tests.gpu_worker import families
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError
+from wire.kv_pages import KvType
 from wire.linears import Linear, spec
+from wire.model_config import ModelConfig
+from wire.parameters import Kind, Name, parameters, read, weight_name
 from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
 
-NAMES = ["qwen-tied", "qwen-untied-bf16", "llama-untied", "llama-biased-bf16"]
 PROMPT = [3, 141, 59, 26, 5, 200, 260, 0, 17, 17, 99]
 
 
@@ -27,16 +31,16 @@ class Run:
 
     def __init__(self, decoder: Decoder, sequences: int = 1) -> None:
         self.decoder = decoder
-        self.store = CacheStore(CacheBudget())
+        self.store = CacheStore(Allowance("a cache", 1 << 30))
         for number in range(sequences):
-            self.store.reserve(number, decoder.config, 128, "cpu")
+            self.store.reserve(number, decoder.config, 128, KvType.FLOAT32, "cpu")
 
     def step(self, chunks: dict[int, list[int]]) -> torch.Tensor:
         """Token ids by sequence -> the logits of all rows."""
         spans = self.store.find([(number, len(ids)) for number, ids in chunks.items()], self.decoder.config)
         ids = torch.tensor([i for chunk in chunks.values() for i in chunk])
         with torch.inference_mode():
-            return self.decoder.forward(spans, ids, list(range(len(ids))))
+            return forward(self.decoder, spans, ids, range(len(ids)))
 
 
 def _decoder(folder: Path, precision: int = pb.PRECISION_FLOAT32) -> Decoder:
@@ -45,17 +49,21 @@ def _decoder(folder: Path, precision: int = pb.PRECISION_FLOAT32) -> Decoder:
     return decoder
 
 
-def _reference(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def _weight(folder: Path, layer: int, linear: Linear) -> npt.NDArray[np.float32]:
+    config, checkpoint = ModelConfig.from_hf(folder), Checkpoint(folder)
+    try:
+        return read(checkpoint, parameters(config)[weight_name(config, spec(config, layer, linear))])
+    finally:
+        checkpoint.close()
 
 
 def _assert_close(got: torch.Tensor, expected: torch.Tensor, bound: float = 1e-4) -> None:
     assert float((got - expected).abs().max() / expected.abs().max()) < bound
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.MAKERS)
 def test_float32_equals_transformers(model_folders: dict[str, Path], name: str) -> None:
-    reference, run = _reference(model_folders[name]), Run(_decoder(model_folders[name]))
+    reference, run = families.reference(model_folders[name]), Run(_decoder(model_folders[name]))
     with torch.inference_mode():
         _assert_close(run.step({0: PROMPT}), reference(torch.tensor([PROMPT])).logits[0])
     greedy = reference.generate(torch.tensor([PROMPT]), max_new_tokens=64, do_sample=False, eos_token_id=-1)
@@ -68,8 +76,9 @@ def test_float32_equals_transformers(model_folders: dict[str, Path], name: str) 
 
 
 @pytest.mark.parametrize("precision", [pb.PRECISION_FLOAT32, pb.PRECISION_INT8])
-def test_any_chunking_and_any_batch_agree(model_folders: dict[str, Path], precision: int) -> None:
-    decoder = _decoder(model_folders["qwen-untied-bf16"], precision)
+@pytest.mark.parametrize("name", ["qwen-untied-bf16", "mistral", "gpt2-tied", "chatglm"])
+def test_any_chunking_and_any_batch_agree(model_folders: dict[str, Path], precision: int, name: str) -> None:
+    decoder = _decoder(model_folders[name], precision)
     whole = Run(decoder).step({0: PROMPT})
     single = Run(decoder)
     _assert_close(torch.cat([single.step({0: [i]}) for i in PROMPT]), whole)
@@ -91,7 +100,7 @@ def test_a_failed_step_leaves_the_sequence_as_it_was(model_folders: dict[str, Pa
     _assert_close(run.step({0: PROMPT[5:]}), Run(decoder).step({0: PROMPT})[5:])
 
 
-@pytest.mark.parametrize("name", ["qwen-tied", "llama-biased-bf16"])
+@pytest.mark.parametrize("name", ["qwen-tied", "llama-biased-bf16", "qwen3", "gpt2-untied", "chatglm"])
 def test_int8_is_near_float32(model_folders: dict[str, Path], name: str) -> None:
     exact = Run(_decoder(model_folders[name])).step({0: PROMPT})
     near = Run(_decoder(model_folders[name], pb.PRECISION_INT8)).step({0: PROMPT})
@@ -99,12 +108,10 @@ def test_int8_is_near_float32(model_folders: dict[str, Path], name: str) -> None
 
 
 @pytest.mark.parametrize("linear", list(Linear))
-def test_matmul_in_both_precisions(model_folders: dict[str, Path], linear: Linear) -> None:
-    folder = model_folders["llama-biased-bf16"]
-    exact = _decoder(folder)
-    checkpoint = Checkpoint(folder)
-    weight = read_weight(checkpoint, spec(exact.config, 0, linear))
-    checkpoint.close()
+@pytest.mark.parametrize("name", ["llama-biased-bf16", "gpt2-tied"])
+def test_matmul_in_both_precisions(model_folders: dict[str, Path], linear: Linear, name: str) -> None:
+    folder = model_folders[name]
+    exact, weight = _decoder(folder), _weight(folder, 0, linear)
     quantised, scale = quantize_rows(weight)
     x = torch.randn(3, weight.shape[1])
     _assert_close(exact.matmul(0, linear, x), x @ torch.from_numpy(weight).T)
@@ -113,22 +120,23 @@ def test_matmul_in_both_precisions(model_folders: dict[str, Path], linear: Linea
 
 
 def test_a_precision_holds_no_copy_of_the_other(model_folders: dict[str, Path]) -> None:
-    folder = model_folders["qwen-tied"]
+    folder = model_folders["gpt2-tied"]
     assert Model(folder, pb.PRECISION_FLOAT32, "cpu", ring_only=False).ring is None
     model = Model(folder, pb.PRECISION_INT8, "cpu", ring_only=False)
     assert model.decoder is not None
-    head = model.decoder._weights[0, Linear.LM_HEAD]
-    assert model.decoder._embedding is head
+    for name in parameters(model.config):
+        matrix = name.kind in (Kind.LINEAR, Kind.EMBEDDING) and not name.bias
+        assert isinstance(model.decoder._find(name), Int8Weights if matrix else Float32Weights)
     ring_only = Model(folder, pb.PRECISION_INT8, "cpu", ring_only=True)
     assert ring_only.decoder is None
+    assert ring_only.ring is not None
+    assert Name(Kind.POSITIONS) not in ring_only.ring._parameters
 
 
 def test_ring_products_use_the_shared_quantisation(model_folders: dict[str, Path]) -> None:
     model = Model(model_folders["llama-untied"], pb.PRECISION_INT8, "cpu", ring_only=True)
     assert model.ring is not None
-    checkpoint = Checkpoint(model_folders["llama-untied"])
-    quantised, _ = quantize_rows(read_weight(checkpoint, spec(model.config, 2, Linear.GATE_UP)))
-    checkpoint.close()
+    quantised, _ = quantize_rows(_weight(model_folders["llama-untied"], 2, Linear.GATE_UP))
     z = np.random.default_rng(1).integers(-(1 << 31), 1 << 31, (5, 48)).astype(np.int32)
     expected = (z.astype(np.int64) @ quantised.astype(np.int64).T).astype(np.int32)
     np.testing.assert_array_equal(model.ring.product(2, Linear.GATE_UP, z), expected)

@@ -82,7 +82,8 @@ def test_a_stream_that_is_open_when_the_worker_stops_makes_no_noise(
                 stub = gpu_worker_pb2_grpc.GpuWorkerServiceStub(channel)
                 stub.Load(pb.LoadRequest(model="qwen-tied", precision=pb.PRECISION_INT8), timeout=120)
                 answers = stub.Execute(iter(frames.get, None))
-                cache = pb.Operation(cache=pb.Cache(sequence=1, reserve_tokens=8))
+                reserve = pb.Reserve(tokens=8, type=pb.KV_TYPE_FLOAT16)
+                cache = pb.Operation(cache=pb.Cache(sequence=1, reserve=reserve))
                 frames.put(pb.ExecuteRequest(id=1, operation=cache))
                 assert next(answers).id == 1
                 process.send_signal(signal.SIGTERM)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from wire import codec
+from wire import codec, parameters
 from wire.checkpoint import Checkpoint
-from wire.linears import Linear, LinearSpec, read_tiles, spec
+from wire.linears import Linear, LinearSpec, spec
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
@@ -15,16 +15,15 @@ from wire.v1 import gpu_worker_pb2 as pb
 Words = npt.NDArray[np.int32]
 
 
-def read_weight(checkpoint: Checkpoint, of: LinearSpec) -> npt.NDArray[np.float32]:
+def read_weight(checkpoint: Checkpoint, config: ModelConfig, of: LinearSpec) -> npt.NDArray[np.float32]:
     """All weight rows as float32[n, k]."""
-    weight = np.empty((of.n, of.k), np.float32)
-    for first, tile in read_tiles(checkpoint, of, of.n):
-        weight[first : first + len(tile)] = tile
-    return weight
+    return parameters.read(checkpoint, parameters.parameters(config)[parameters.weight_name(config, of)])
 
 
 class HonestWorker:
     """Ring and ordinary products in int64 and float32 numpy: slow, and right by inspection."""
+
+    stream = 1
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint, self._config = checkpoint, config
@@ -51,7 +50,7 @@ class HonestWorker:
         """W (float32) or W_q (int64) of one linear."""
         key = (layer, linear, int8)
         if key not in self._weights:
-            weight = read_weight(self._checkpoint, spec(self._config, layer, Linear(linear)))
+            weight = read_weight(self._checkpoint, self._config, spec(self._config, layer, Linear(linear)))
             self._weights[key] = quantize_rows(weight)[0].astype(np.int64) if int8 else weight
         return self._weights[key]
 

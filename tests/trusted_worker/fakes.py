@@ -13,23 +13,20 @@ from wire.v1 import trusted_worker_pb2 as pb
 
 VOCABULARY = 50
 EOS = 49
-CONFIG = ModelConfig(
-    name="tiny",
-    layers=1,
-    hidden=8,
-    heads=2,
-    kv_heads=1,
-    head_dim=4,
-    ffn=8,
-    vocabulary=VOCABULARY,
-    max_context=64,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    tied=False,
-    eos=(EOS,),
+CONFIG = ModelConfig.from_dict(
+    "tiny",
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "eos_token_id": EOS,
+    },
+    {},
 )
 
 
@@ -40,12 +37,24 @@ class FakeCache:
     capacity: int
     length: int = 0
     freed: int = 0
+    rests: int = 0
+    wakes: int = 0
 
     def commit(self, tokens: int) -> None:
         """See kv_cache.Cache."""
         assert not self.freed
         self.length += tokens
         assert self.length <= self.capacity
+
+    def rest(self) -> None:
+        """See kv_cache.Cache."""
+        assert not self.freed
+        self.rests += 1
+
+    def wake(self) -> None:
+        """See kv_cache.Cache."""
+        assert not self.freed
+        self.wakes += 1
 
     def free(self) -> None:
         """See kv_cache.Cache."""

@@ -29,6 +29,11 @@ def _random(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def _frequencies(dims: int, theta: float) -> F32:
+    result: F32 = (theta ** (-np.arange(0, dims, 2) / dims)).astype(np.float32)
+    return result
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> F32:
     """One row float32[1, k] of an unpleasant kind."""
@@ -249,14 +254,14 @@ def test_rotation_is_a_complex_product(head_dim: int, theta: float, seed: int) -
     angles = positions[:, None, None] * theta ** (-np.arange(half) / half)
     turned = (x[..., :half].astype(np.float64) + 1j * x[..., half:]) * np.exp(1j * angles)
     out = x.copy()
-    arithmetic.rotate(out, positions, arithmetic.rotary_frequencies(head_dim, theta))
+    arithmetic.rotate(out, positions, _frequencies(head_dim, theta))
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=3e-4)
 
 
 def test_rotation_at_position_zero_changes_nothing() -> None:
     x = _random(0).standard_normal((1, 2, 8)).astype(np.float32)
     out = x.copy()
-    arithmetic.rotate(out, np.zeros(1, np.int32), arithmetic.rotary_frequencies(8, 1e4))
+    arithmetic.rotate(out, np.zeros(1, np.int32), _frequencies(8, 1e4))
     assert (out == x).all()
 
 
@@ -264,9 +269,73 @@ def test_rotation_reaches_into_a_view() -> None:
     """The decoder rotates the query and key heads of a larger array, and values stay."""
     heads = _random(1).standard_normal((2, 5, 8)).astype(np.float32)
     before = heads.copy()
-    arithmetic.rotate(heads[:, :3], np.array([4, 9], np.int32), arithmetic.rotary_frequencies(8, 1e4))
+    arithmetic.rotate(heads[:, :3], np.array([4, 9], np.int32), _frequencies(8, 1e4))
     assert (heads[:, 3:] == before[:, 3:]).all()
     assert (heads[:, :3] != before[:, :3]).any()
+
+
+def test_interleaved_pairs_rotate_as_complex_numbers_and_the_dims_behind_them_stay() -> None:
+    x = _random(2).standard_normal((3, 2, 16)).astype(np.float32)
+    positions, frequencies = np.array([0, 5, 77], np.int32), _frequencies(8, 1e4)
+    out = x.copy()
+    arithmetic.rotate(out, positions, frequencies, interleaved=True)
+    turned = (x[..., 0:8:2] + 1j * x[..., 1:8:2]) * np.exp(1j * positions[:, None, None] * frequencies)
+    np.testing.assert_allclose(out[..., 0:8:2], turned.real, atol=1e-4)
+    np.testing.assert_allclose(out[..., 1:8:2], turned.imag, atol=1e-4)
+    assert (out[..., 8:] == x[..., 8:]).all()
+
+
+@given(st.integers(1, 5), st.sampled_from([2, 64, 300]), st.integers(0, 1000))
+@CASES
+def test_layer_norm_and_gelu_are_those_of_torch(scratch: Scratch, m: int, k: int, seed: int) -> None:
+    import torch
+
+    random = _random(seed)
+    x = (random.standard_normal((m, k)) * 3 + 1).astype(np.float32)
+    gain, bias = random.standard_normal((2, k)).astype(np.float32)
+    with scratch.frame():
+        normed = arithmetic.layer_norm(x, gain, bias, 1e-5, scratch).copy()
+        active = arithmetic.gelu(x, scratch).copy()
+    wide = torch.from_numpy(x)
+    expected = torch.nn.functional.layer_norm(wide, (k,), torch.from_numpy(gain), torch.from_numpy(bias), 1e-5).numpy()
+    np.testing.assert_allclose(normed, expected, rtol=1e-4, atol=1e-4)
+    expected = torch.nn.functional.gelu(wide, approximate="tanh").numpy()
+    np.testing.assert_allclose(active, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_qk_norm_normalises_every_head_on_its_own_and_in_place() -> None:
+    heads = _random(3).standard_normal((4, 5, 8)).astype(np.float32)
+    gain = _random(4).standard_normal(8).astype(np.float32)
+    wide = heads.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-6) * gain
+    arithmetic.normalise_heads(heads[:, :3], gain, 1e-6)
+    np.testing.assert_allclose(heads[:, :3], expected[:, :3], rtol=1e-5)
+    assert (heads[:, 3:] == wide[:, 3:]).all()
+
+
+def test_a_permutation_before_rope_changes_the_scores_and_one_after_it_does_not() -> None:
+    """The naive form of KV-Shield, permuting the rows of W_q and W_k under RoPE, and why q and k cross instead."""
+    random = _random(5)
+    q, k = random.standard_normal((2, 40, 1, 64)).astype(np.float32)
+    order, frequencies = random.permutation(64), _frequencies(64, 1e4)
+    positions = np.arange(40, dtype=np.int32)
+
+    def scores(q: F32, k: F32, permuted_first: bool) -> F32:
+        q, k = (one[..., order].copy() if permuted_first else one.copy() for one in (q, k))
+        arithmetic.rotate(q, positions, frequencies)
+        arithmetic.rotate(k, positions, frequencies)
+        if not permuted_first:
+            q, k = q[..., order], k[..., order]
+        result: F32 = q[:, 0] @ k[:, 0].T
+        return result
+
+    plain_q, plain_k = q.copy(), k.copy()
+    arithmetic.rotate(plain_q, positions, frequencies)
+    arithmetic.rotate(plain_k, positions, frequencies)
+    right = plain_q[:, 0] @ plain_k[:, 0].T
+    error = [float(np.linalg.norm(scores(q, k, first) - right) / np.linalg.norm(right)) for first in (True, False)]
+    assert error[0] > 0.5  # not a rounding error: other attention
+    assert error[1] < 1e-6
 
 
 @given(st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(1, 33), st.sampled_from([0.1, 1.0, 60.0]))
@@ -318,7 +387,7 @@ def test_a_row_does_not_depend_on_its_batch(scratch: Scratch, m: int, k: int, se
     x = (random.standard_normal((m, k)) * np.exp(random.standard_normal((m, k)) * 4)).astype(np.float32)
     gain, bound = random.standard_normal(k).astype(np.float32), Bound(k, 127 * 90 * k)
     positions = random.integers(0, 100, m).astype(np.int32)
-    frequencies = arithmetic.rotary_frequencies(k, 1e4)
+    frequencies = _frequencies(k, 1e4)
 
     def everything(part: slice) -> list[npt.NDArray[Any]]:
         piece = np.ascontiguousarray(x[part])

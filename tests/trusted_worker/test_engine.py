@@ -206,6 +206,21 @@ def test_an_error_ends_the_sessions_of_its_step_and_no_others() -> None:
     rig.engine.stop()
 
 
+def test_a_sequence_that_cannot_wake_ends_its_session_and_no_other(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = rig.clients(2)
+
+    def refuse() -> None:
+        raise UnavailableError("its cache is lost")
+
+    monkeypatch.setattr(bad.cache, "wake", refuse)
+    rig.feed((bad, [20, 21], 2), (good, [1], 2))
+    assert str(bad.next()) == "its cache is lost"
+    assert [good.token(), good.token()] == [2, 3]
+    assert [list(batch.ids) for batch in rig.model.batches] == [[1], [2]]
+    assert good.cache.wakes == 2
+    assert bad.cache.freed == 1
+
+
 def test_an_error_ends_every_session_of_a_shared_step(rig: Rig) -> None:
     clients = rig.clients(2)
     rig.model.raises[20] = InvalidArgumentError("the model's activations are not finite")

@@ -21,7 +21,7 @@ def test_chunks_are_found_in_order(memory: SecureMemory, chunks: list[int]) -> N
         part = slice(cache.length, cache.length + chunk)
         cache.append(0, k[part], v[part])
         cache.commit(chunk)
-    keys, values = cache.prefix(0, 5)
+    keys, values = cache.tokens(0, 0, 5)
     assert (keys == k.transpose(1, 0, 2)).all()
     assert (values == v.transpose(1, 0, 2)).all()
 
@@ -30,7 +30,7 @@ def test_rows_that_were_not_committed_are_overwritten(memory: SecureMemory) -> N
     cache = KVCache(memory, CONFIG, 4)
     cache.append(0, _rows(3, 1), _rows(3, 1))
     cache.append(0, _rows(2, 7), _rows(2, 8))
-    keys, values = cache.prefix(0, 2)
+    keys, values = cache.tokens(0, 0, 2)
     assert (keys == _rows(2, 7).transpose(1, 0, 2)).all()
     assert (values == _rows(2, 8).transpose(1, 0, 2)).all()
     assert cache.length == 0
@@ -42,7 +42,7 @@ def test_a_full_context_refuses_more_and_keeps_what_it_has(memory: SecureMemory)
     cache.commit(2)
     with pytest.raises(ContextError, match="2 tokens"):
         cache.append(0, _rows(1, 2), _rows(1, 2))
-    assert (cache.prefix(0, 2)[0] == _rows(2, 1).transpose(1, 0, 2)).all()
+    assert (cache.tokens(0, 0, 2)[0] == _rows(2, 1).transpose(1, 0, 2)).all()
 
 
 def test_the_whole_context_is_reserved_at_once_and_wiped_at_the_end(memory: SecureMemory) -> None:

@@ -22,7 +22,7 @@ Behaviour = Callable[[int, codec.Array | None], Frames]
 
 RING = pb.Operation(ring_matmul=pb.RingMatmul(layer=0, linear=pb.LINEAR_QKV))
 FORWARD = pb.Operation(forward=pb.Forward())
-CACHE = pb.Operation(cache=pb.Cache(sequence=1, reserve_tokens=4))
+CACHE = pb.Operation(cache=pb.Cache(sequence=1, reserve=pb.Reserve(tokens=4, type=pb.KV_TYPE_FLOAT32)))
 X = np.arange(12, dtype=np.int32).reshape(3, 4)
 INT32, FLOAT32 = tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_FLOAT32
 PRIVATE = "a text that the untrusted worker chose"

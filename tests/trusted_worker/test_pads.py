@@ -29,7 +29,7 @@ names = st.tuples(layers, st.sampled_from(Linear), st.one_of(st.integers(0, 3), 
 
 
 def _spec(layer: int = 0, linear: Linear = Linear.QKV, k: int = 24, n: int = 40) -> LinearSpec:
-    return LinearSpec(layer, linear, k, n, ())
+    return LinearSpec(layer, linear, k, n)
 
 
 class Shelf:

@@ -319,3 +319,15 @@ class Conversation(RuleBasedStateMachine):
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(deadline=None, max_examples=60, stateful_step_count=40, derandomize=True)
+
+
+def test_a_sequence_rests_when_its_turn_is_over_or_its_client_is_gone() -> None:
+    client = Client()
+    client.session.feed([1, 2], credit=5, end_turn=False)
+    client.step(7)
+    assert client.cache.rests == 0
+    client.session.feed([], credit=0, end_turn=True)
+    assert client.cache.rests == 1
+    client.session.feed([3], credit=5, end_turn=False)
+    client.session.detach(client.emit)
+    assert client.cache.rests == 2

@@ -39,7 +39,7 @@ class Product:
 
     def __init__(self, n: int = N, k: int = K, m: int = M, seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
-        self.spec = LinearSpec(0, Linear.QKV, k, n, ())
+        self.spec = LinearSpec(0, Linear.QKV, k, n)
         self.weights: npt.NDArray[np.int8] = self.random.integers(-127, 128, (n, k)).astype(np.int8)
         self.verifier = Verifier(SecureMemory(8 << 20), [self.spec])
         self.prepare()
@@ -275,7 +275,7 @@ def test_c_is_the_secret_times_the_weights() -> None:
 
 def test_the_secret_is_uniform_enough() -> None:
     """Each limb pattern of s stands for one residue; their mean and spread are those of a uniform residue."""
-    verifier = Verifier(SecureMemory(1 << 20), [LinearSpec(0, Linear.O, 1, 20_000, ())])
+    verifier = Verifier(SecureMemory(1 << 20), [LinearSpec(0, Linear.O, 1, 20_000)])
     digits = verifier._s.array.astype(np.int64)
     values = sum(digits[i] << (S_BITS * i) for i in range(S_LIMBS)) / PRIME
     assert abs(float(np.mean(values))) < 0.012  # 6 sigma

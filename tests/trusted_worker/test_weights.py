@@ -12,8 +12,9 @@ from trusted_worker.secure_memory import SecureMemory
 from trusted_worker.weights import Tile, Weights
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError, VerificationError
-from wire.linears import EMBEDDING, Linear, LinearSpec, read_bias
+from wire.linears import Linear, LinearSpec
 from wire.model_config import ModelConfig
+from wire.parameters import Kind, Name, parameters, read, weight_name
 from wire.quantize import quantize_rows
 
 Folder = Callable[[str], Path]
@@ -52,7 +53,7 @@ def test_streamed_and_resident_weights_are_the_same_numbers(
     assert len(streamed._resident) == (1 if streamed.config.tied else 0)  # a tied head is the resident embedding
     for spec in resident.specs:
         assert list(resident.specs) == list(streamed.specs)
-        weight = read_weight(checkpoint, spec)
+        weight = read_weight(checkpoint, resident.config, spec)
         expected = quantize_rows(weight) if int8 else (weight, None)
         for one in (resident, streamed):
             whole = _whole(one, spec)
@@ -62,9 +63,10 @@ def test_streamed_and_resident_weights_are_the_same_numbers(
                 assert (one.scale[spec] == expected[1]).all()
                 squares = (expected[0].astype(np.int64) ** 2).sum(axis=1)
                 assert one.row_square(spec) == squares.max()
-            bias = read_bias(checkpoint, spec)
-            assert (one.bias[spec] is None) == (bias is None)
-            assert bias is None or (one.bias[spec] == bias).all()
+            bias = parameters(one.config).get(Name(Kind.LINEAR, spec.layer, spec.linear, bias=True))
+            kept = one.bias[spec]
+            assert (kept is None) == (bias is None)
+            assert kept is None or bias is None or (kept == read(checkpoint, bias)[:, 0]).all()
 
 
 def test_streamed_tiles_can_be_read_again_and_leave_the_budget_alone(model_folder: Folder) -> None:
@@ -80,7 +82,7 @@ def test_embedding_rows_are_those_of_the_table(model_folder: Folder, int8: bool)
     folder = model_folder("qwen2")
     weights = _weights(folder, RESIDENT, int8)
     config = weights.config
-    table = Checkpoint(folder).read(EMBEDDING, (config.vocabulary, config.hidden))
+    table = read(Checkpoint(folder), parameters(config)[Name(Kind.EMBEDDING)])
     ids = np.array([0, 5, 5, config.vocabulary - 1], np.int32)
     out = np.empty((4, config.hidden), np.float32)
     weights.embed(ids, out)
@@ -101,7 +103,9 @@ def test_a_budget_that_is_too_small_is_refused_in_bytes(model_folder: Folder) ->
 def _changed(folder: Path, spec: LinearSpec, change: Callable[[Path, int], None]) -> None:
     """Change the file under the open descriptor, at the first weight of the linear's second part."""
     file = folder / "model.safetensors"
-    info = Checkpoint(folder).info(spec.parts[-1].tensor)
+    config = ModelConfig.from_hf(folder)
+    tensor = parameters(config)[weight_name(config, spec)].tensors[-1][0]
+    info = Checkpoint(folder).info(tensor)
     change(file, info.offset)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from wire.checkpoint import Checkpoint
+from wire.checkpoint import Checkpoint, FileSource, Source, to_float32
 from wire.errors import CheckpointError
 
 CASES = settings(deadline=None, max_examples=150, derandomize=True)
@@ -61,30 +61,60 @@ def test_tensors_are_read_as_safetensors_wrote_them(tmp_path: Path, dtype: str) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bit_pattern_of_a_word_is_widened_exactly(tmp_path: Path, dtype: str) -> None:
+def test_every_bit_pattern_of_a_word_is_widened_exactly(dtype: str) -> None:
     if dtype == "F32":
         words = torch.arange(-(2**31), 2**31, 65_521, dtype=torch.int64).to(torch.int32)
     else:
         words = torch.arange(-(2**15), 2**15, dtype=torch.int64).to(torch.int16)
-    tensor = words.view(DTYPES[dtype])
-    save_file({"all": tensor}, tmp_path / FILE)
-    read = Checkpoint(tmp_path).read("all", (len(words),))
-    expected = tensor.float().numpy()
+    widened = to_float32(words.numpy().view(np.uint8), dtype)
+    expected = words.view(DTYPES[dtype]).float().numpy()
     numbers = ~np.isnan(expected)
-    assert (np.isnan(read) == ~numbers).all()
-    assert (read.view(np.int32)[numbers] == expected.view(np.int32)[numbers]).all()
+    assert (np.isnan(widened) == ~numbers).all()
+    assert (widened.view(np.int32)[numbers] == expected.view(np.int32)[numbers]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_slices_of_the_whole(tmp_path: Path, dtype: str) -> None:
-    tensor = torch.randn(19, 6).to(DTYPES[dtype])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_with_the_name_of_their_tensor(
+    tmp_path: Path, dtype: str, value: float
+) -> None:
+    tensor = torch.ones(5, 4)
+    tensor[3, 1] = value
+    save_file({"good": torch.ones(5, 4), "bad": tensor.to(DTYPES[dtype])}, tmp_path / FILE)
+    checkpoint, shape = Checkpoint(tmp_path), (5, 4)
+    assert (checkpoint.read("good", shape) == 1).all()
+    assert (checkpoint.read_rows("bad", shape, 0, 3) == 1).all()  # where all is well
+    assert (checkpoint.read_columns("bad", shape, 2, 4) == 1).all()
+    for read in (
+        lambda: checkpoint.read("bad", shape),
+        lambda: checkpoint.read_rows("bad", shape, 3, 4),
+        lambda: checkpoint.read_columns("bad", shape, 0, 2),
+    ):
+        with pytest.raises(CheckpointError, match="tensor bad holds values that are not finite"):
+            read()
+
+
+def test_the_largest_finite_values_are_read(tmp_path: Path) -> None:
+    large = torch.tensor([[torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]])
+    save_file({"one": large}, tmp_path / FILE)
+    assert (Checkpoint(tmp_path).read("one", (1, 2)) == large.numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_slices_of_the_whole_and_columns_of_its_transpose(tmp_path: Path, dtype: str) -> None:
+    tensor = torch.randn(19, 23).to(DTYPES[dtype])
     save_file({"before": torch.randn(3), "matrix": tensor}, tmp_path / FILE)
-    checkpoint = Checkpoint(tmp_path)
-    whole = checkpoint.read("matrix", (19, 6))
+    checkpoint, shape = Checkpoint(tmp_path), (19, 23)
+    whole = checkpoint.read("matrix", shape)
     for start, stop in [(0, 19), (0, 1), (18, 19), (5, 11), (7, 7)]:
-        rows = checkpoint.read_rows("matrix", (19, 6), start, stop)
-        assert rows.shape == (stop - start, 6)
+        rows = checkpoint.read_rows("matrix", shape, start, stop)
+        assert rows.shape == (stop - start, 23)
         assert (rows == whole[start:stop]).all()
+    for start, stop in [(0, 23), (0, 1), (22, 23), (5, 11), (7, 7)]:
+        columns = checkpoint.read_columns("matrix", shape, start, stop)
+        assert columns.shape == (stop - start, 19)
+        assert columns.flags.c_contiguous
+        assert (columns == whole[:, start:stop].T).all()
 
 
 def test_what_was_read_is_ours_to_change(tmp_path: Path) -> None:
@@ -122,6 +152,89 @@ def test_the_digest_follows_every_byte_of_every_shard(tmp_path: Path) -> None:
         seen.add(Checkpoint(tmp_path).digest())
     assert len(seen) == 3
     assert all(len(digest) == 32 for digest in seen)
+
+
+def test_a_name_without_its_first_part_is_found_too(tmp_path: Path) -> None:
+    save_file({"wte.weight": torch.ones(2), "transformer.wte.bias": torch.zeros(2)}, tmp_path / FILE)
+    checkpoint = Checkpoint(tmp_path)
+    assert (checkpoint.read("transformer.wte.weight", (2,)) == 1).all()
+    assert (checkpoint.read("transformer.wte.bias", (2,)) == 0).all()
+    for name in ("wte.bias", "transformer.transformer.wte.weight", "weight", "transformer.wpe.weight"):
+        assert name not in checkpoint
+
+
+def test_the_whole_name_goes_before_the_shortened_one(tmp_path: Path) -> None:
+    save_file({"a.b": torch.ones(2), "x.a.b": torch.zeros(2)}, tmp_path / FILE)
+    assert (Checkpoint(tmp_path).read("x.a.b", (2,)) == 0).all()
+
+
+class _Memory:
+    """A Source over the same bytes, all of them inverted on disk."""
+
+    opened: list["_Memory"]
+
+    def __init__(self, path: Path) -> None:
+        self._content = 255 - np.frombuffer(path.read_bytes(), np.uint8)
+        self.size, self.closed = len(self._content), False
+        _Memory.opened.append(self)
+
+    def read(self, offset: int, into: Any) -> None:
+        """See wire.checkpoint.Source."""
+        if offset + len(into) > self.size:
+            raise CheckpointError("shorter")
+        into[:] = self._content[offset : offset + len(into)]
+
+    def close(self) -> None:
+        """See wire.checkpoint.Source."""
+        self.closed = True
+
+
+def _inverted(folder: Path, tensors: dict[str, torch.Tensor], names: tuple[str, ...] = (FILE,)) -> None:
+    _Memory.opened = []
+    for name in names:
+        save_file(tensors, folder / name)
+        plain = np.frombuffer((folder / name).read_bytes(), np.uint8)
+        (folder / f"{name}.inverted").write_bytes((255 - plain).tobytes())
+
+
+def test_another_source_and_suffix_give_the_same_tensors_and_digest(tmp_path: Path) -> None:
+    _inverted(tmp_path, {"one": torch.arange(6.0).reshape(2, 3)})
+    plain = Checkpoint(tmp_path)
+    (tmp_path / FILE).unlink()
+    checkpoint = Checkpoint(tmp_path, ".inverted", _Memory)
+    assert checkpoint.read("one", (2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert checkpoint.read_columns("one", (2, 3), 1, 2).tolist() == [[1, 4]]
+    assert checkpoint.digest() == plain.digest()
+    checkpoint.close()
+    assert [one.closed for one in _Memory.opened] == [True]
+
+
+def test_the_suffix_follows_the_names_of_shards_too(tmp_path: Path) -> None:
+    _inverted(tmp_path, {"one": torch.ones(2)}, ("a.safetensors", "b.safetensors"))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}))
+    assert "one" in Checkpoint(tmp_path, ".inverted", _Memory)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors\.sealed is missing"):
+        Checkpoint(tmp_path, ".sealed", _Memory)
+
+
+def test_every_source_is_closed_when_one_of_them_lies(tmp_path: Path) -> None:
+    _inverted(tmp_path, {"one": torch.ones(2)}, ("a.safetensors", "b.safetensors"))
+    (tmp_path / "b.safetensors.inverted").write_bytes(bytes(100))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"b\.safetensors"):
+        Checkpoint(tmp_path, ".inverted", _Memory)
+    assert [one.closed for one in _Memory.opened] == [True, True]
+
+
+def test_a_file_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(bytes(range(10)))
+    source: Source = FileSource(tmp_path / "bytes")
+    into = np.zeros(4, np.uint8)
+    source.read(3, into)
+    assert (source.size, into.tolist()) == (10, [3, 4, 5, 6])
+    with pytest.raises(CheckpointError, match="shorter"):
+        source.read(7, into)
+    source.close()
 
 
 def test_a_closed_checkpoint_reads_nothing(tmp_path: Path) -> None:
@@ -169,8 +282,12 @@ def test_other_dtypes_are_refused_when_they_are_asked_for(tmp_path: Path, dtype:
 @pytest.mark.parametrize("shape", [(4, 3), (12,), (3, 4, 1), (), (3, 5)])
 def test_another_shape_than_the_configuration_asks_for(tmp_path: Path, shape: tuple[int, ...]) -> None:
     save_file({"one": torch.ones(3, 4)}, tmp_path / FILE)
-    with pytest.raises(CheckpointError, match=r"has shape \(3, 4\)"):
-        Checkpoint(tmp_path).read("one", shape)
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tensor one has shape \(3, 4\)"):
+        checkpoint.read("one", shape)
+    for read in (checkpoint.read_rows, checkpoint.read_columns):
+        with pytest.raises(CheckpointError, match=r"tensor one has shape \(3, 4\)"):
+            read("one", (4, 3), 0, 1)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 60, -1, -16])

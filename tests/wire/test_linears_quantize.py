@@ -1,4 +1,4 @@
-"""The int8 rule, row by row, and the linears that the rows of a checkpoint make up."""
+"""The int8 rule, row by row, and the shapes of the linears that it is for."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.model_folders import MODELS
 from tests.simulators.workers import read_weight
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError
-from wire.linears import Linear, LinearSpec, all_specs, norm_names, read_bias, read_tiles, spec
+from wire.linears import BLOCK, Linear, all_specs, spec
 from wire.model_config import ModelConfig
+from wire.parameters import parameters, tiles, weight_name
 from wire.quantize import quantize_rows
 
 CASES = settings(deadline=None, max_examples=100, derandomize=True)
 F32 = npt.NDArray[np.float32]
 TINY = float(np.finfo(np.float32).tiny)
-NAMES = ["llama", "llama-bf16-tied-sharded", "qwen2", "qwen2-f16-tied"]
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=finite)
@@ -93,77 +94,40 @@ def test_the_largest_negative_weight_is_minus_127() -> None:
     assert scale[0] == pytest.approx(0.02)
 
 
-def _parts(config: ModelConfig, layer: int, linear: Linear) -> list[str]:
-    prefix = f"model.layers.{layer}"
-    return {
-        Linear.QKV: [f"{prefix}.self_attn.{p}_proj" for p in "qkv"],
-        Linear.O: [f"{prefix}.self_attn.o_proj"],
-        Linear.GATE_UP: [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
-        Linear.DOWN: [f"{prefix}.mlp.down_proj"],
-        Linear.LM_HEAD: ["model.embed_tokens" if config.tied else "lm_head"],
-    }[linear]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_linears_are_the_tensors_of_the_checkpoint_one_below_the_other(
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_is_named_once_in_the_order_of_a_forward_pass(
     model_folder: Callable[[str], Path], name: str
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = model_folder(name)
-    config, checkpoint = ModelConfig.from_hf(folder), Checkpoint(folder)
-    state = AutoModelForCausalLM.from_pretrained(folder).float().state_dict()
-    for one in all_specs(config):
-        parts = _parts(config, one.layer, one.linear)
-        expected = np.concatenate([state[f"{part}.weight"].numpy() for part in parts])
-        assert (one.n, one.k) == expected.shape
-        assert (read_weight(checkpoint, one) == expected).all()
-        bias = read_bias(checkpoint, one)
-        if f"{parts[0]}.bias" in state:
-            assert bias is not None
-            assert (bias == np.concatenate([state[f"{part}.bias"].numpy() for part in parts])).all()
-        else:
-            assert bias is None
-    for layer in range(config.layers):
-        assert all(tensor in state for tensor in norm_names(layer))
-
-
-def test_every_linear_is_named_once_in_the_order_of_a_forward_pass(model_folder: Callable[[str], Path]) -> None:
-    config = ModelConfig.from_hf(model_folder("llama"))
+    config = ModelConfig.from_hf(model_folder(name))
     specs = all_specs(config)
-    block = [Linear.QKV, Linear.O, Linear.GATE_UP, Linear.DOWN]
-    expected = [(layer, linear) for layer in range(config.layers) for linear in block]
+    expected = [(layer, linear) for layer in range(config.layers) for linear in BLOCK]
     assert [(s.layer, s.linear) for s in specs] == [*expected, (0, Linear.LM_HEAD)]
     assert len(set(specs)) == len(specs)
     assert specs == [spec(config, s.layer, s.linear) for s in specs]
+    for one in specs:
+        stored = parameters(config)[weight_name(config, one)]
+        assert (stored.rows, stored.width) == (one.n, one.k)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64, 10_000])
-def test_tiles_cover_a_linear_and_never_span_two_tensors(model_folder: Callable[[str], Path], rows: int) -> None:
-    folder = model_folder("llama-bf16-tied-sharded")
-    checkpoint = Checkpoint(folder)
-    for one in all_specs(ModelConfig.from_hf(folder))[:4]:
-        ends = set(np.cumsum([part.rows for part in one.parts]).tolist())
-        end, tiles = 0, []
-        for first, tile in read_tiles(checkpoint, one, rows):
-            assert first == end
-            end += len(tile)
-            assert len(tile) == rows or end in ends
-            tiles.append(tile)
-        assert end == one.n
-        assert (np.concatenate(tiles) == read_weight(checkpoint, one)).all()
+def test_the_shapes_of_a_gated_and_of_an_ungated_model(model_folder: Callable[[str], Path]) -> None:
+    shapes = {
+        name: [(one.n, one.k) for one in all_specs(ModelConfig.from_hf(model_folder(name)))[-5:]]
+        for name in ("qwen3", "gpt2")
+    }
+    assert shapes["qwen3"] == [(96 + 2 * 48, 64), (64, 96), (2 * 176, 64), (64, 176), (301, 64)]
+    assert shapes["gpt2"] == [(3 * 64, 64), (64, 64), (176, 64), (64, 176), (301, 64)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_quantising_tile_by_tile_gives_the_integers_of_the_whole_linear(
     model_folder: Callable[[str], Path], name: str
 ) -> None:
     folder = model_folder(name)
-    checkpoint = Checkpoint(folder)
-    one: LinearSpec = all_specs(ModelConfig.from_hf(folder))[0]
-    whole, scale = quantize_rows(read_weight(checkpoint, one))
+    config, checkpoint = ModelConfig.from_hf(folder), Checkpoint(folder)
+    one = all_specs(config)[0]
+    whole, scale = quantize_rows(read_weight(checkpoint, config, one))
     for rows in (1, 5, 50):
-        for first, tile in read_tiles(checkpoint, one, rows):
+        for first, tile in tiles(checkpoint, parameters(config)[weight_name(config, one)], rows):
             quantized, part = quantize_rows(tile)
             assert (quantized == whole[first : first + len(tile)]).all()
             assert (part == scale[first : first + len(tile)]).all()

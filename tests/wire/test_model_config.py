@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.model_folders import MODELS, reference_model
 from wire.errors import CheckpointError
-from wire.model_config import SUPPORTED, ModelConfig
+from wire.families import FAMILIES, Rope
+from wire.model_config import ModelConfig
 
 CASES = settings(deadline=None, max_examples=200, derandomize=True)
 BASE: dict[str, Any] = {
@@ -49,41 +52,64 @@ def _read(path: Path, **changes: Any) -> ModelConfig:
     return ModelConfig.from_hf(_folder(path, BASE | changes))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bf16-tied-sharded", "qwen2", "qwen2-f16-tied"])
+@pytest.mark.parametrize("name", MODELS)
 def test_fields_are_those_of_transformers(model_folder: Callable[[str], Path], name: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = model_folder(name)
-    config, theirs = ModelConfig.from_hf(folder), AutoConfig.from_pretrained(folder)
+    config, model = ModelConfig.from_hf(folder), reference_model(folder)
+    theirs = model.config
     assert (config.name, config.layers, config.hidden) == (name, theirs.num_hidden_layers, theirs.hidden_size)
-    assert (config.heads, config.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
-    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert (config.ffn, config.vocabulary) == (theirs.intermediate_size, theirs.vocab_size)
-    assert config.max_context == theirs.max_position_embeddings
-    assert config.norm_eps == theirs.rms_norm_eps
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    heads = theirs.num_attention_heads
+    assert (config.heads, config.kv_heads) == (heads, getattr(theirs, "num_key_value_heads", heads))
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    assert config.ffn == (theirs.n_inner if name.startswith("gpt2") else theirs.intermediate_size)
+    assert (config.vocabulary, config.max_context) == (theirs.vocab_size, theirs.max_position_embeddings)
+    assert config.norm_eps == (theirs.layer_norm_epsilon if name.startswith("gpt2") else theirs.rms_norm_eps)
     assert config.tied == theirs.tie_word_embeddings
     assert config.eos == (theirs.eos_token_id,)
-    layer = AutoModelForCausalLM.from_pretrained(folder).model.layers[0]
+    assert config.window == (getattr(theirs, "sliding_window", None) or 0)
+    assert config.layer_norm == config.names.transposed == name.startswith("gpt2")
+    if config.rope is None:
+        assert name.startswith("gpt2")
+        return
+    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert config.rope.dims == config.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1)
+    layer = model.model.layers[0]
     assert config.qkv_bias == (layer.self_attn.q_proj.bias is not None)
     assert config.o_bias == (layer.self_attn.o_proj.bias is not None)
     assert config.mlp_bias == (layer.mlp.down_proj.bias is not None)
     assert config.q_width == layer.self_attn.q_proj.out_features
     assert config.kv_width == layer.self_attn.k_proj.out_features
+    assert config.qk_norm == hasattr(layer.self_attn, "q_norm")
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+KINDS = {one: one.removesuffix("ForCausalLM").lower() for one in FAMILIES if one.endswith("ForCausalLM")}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
 def test_defaults_are_those_of_transformers(tmp_path: Path, architecture: str) -> None:
     from transformers import AutoConfig
 
-    kind = "llama" if architecture.startswith("Llama") else "qwen2"
+    kind = KINDS[architecture]
     sizes = {key: BASE[key] for key in FIELDS}
     folder = _folder(tmp_path / "model", {**sizes, "architectures": [architecture], "model_type": kind})
     config, theirs = ModelConfig.from_hf(folder), AutoConfig.from_pretrained(folder)
     assert config.norm_eps == theirs.rms_norm_eps
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.rope == Rope(config.head_dim, False, theirs.rope_parameters["rope_theta"])
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert config.tied == theirs.tie_word_embeddings
+    assert config.window == (getattr(theirs, "sliding_window", None) or 0)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (kind == "qwen2", False, False)
+
+
+def test_defaults_of_gpt_2_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 100}
+    raw = {**sizes, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    folder = _folder(tmp_path / "model", raw)
+    config, theirs = ModelConfig.from_hf(folder), AutoConfig.from_pretrained(folder)
+    assert (config.norm_eps, config.tied) == (theirs.layer_norm_epsilon, theirs.tie_word_embeddings)
+    assert config.ffn == (theirs.n_inner or 4 * theirs.n_embd)
 
 
 def test_heads_without_a_group_size_are_not_grouped(tmp_path: Path) -> None:
@@ -103,7 +129,7 @@ def test_the_base_of_the_rotation_is_found_where_versions_put_it(tmp_path: Path,
     raw = {key: value for key, value in BASE.items() if key != "rope_theta"}
     nested = {"rope_type": "default", "rope_theta": 1e6}
     raw[place] = 1e6 if place == "rope_theta" else nested
-    assert ModelConfig.from_hf(_folder(tmp_path / "model", raw)).rope_theta == 1e6
+    assert ModelConfig.from_hf(_folder(tmp_path / "model", raw)).rope == Rope(16, False, 1e6)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +156,10 @@ def test_the_name_is_the_folders(tmp_path: Path) -> None:
     assert ModelConfig.from_hf(folder / ".." / "model").name == "model"
 
 
-VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {  # of every family: test_families.py
     "linear scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-    "llama 3 scaling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
-    "a sliding window": ({"use_sliding_window": True, "sliding_window": 16}, "sliding"),
     "another activation": ({"hidden_act": "gelu"}, "gelu"),
-    "no activation": ({"hidden_act": None}, "activation"),
     "a quantised checkpoint": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
-    "mistral": ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
-    "qwen 3": ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
     "a base model": ({"architectures": ["LlamaModel"]}, "LlamaModel"),
     "no architecture": ({"architectures": []}, "none"),
     "a null architecture": ({"architectures": None}, "none"),
@@ -280,15 +300,54 @@ values = st.recursive(
 OPTIONAL = ["head_dim", "rope_parameters", "rope_scaling", "attention_bias", "mlp_bias", "tie_word_embeddings"]
 
 
-@given(st.dictionaries(st.sampled_from([*BASE, *OPTIONAL, "quantization_config"]), values, min_size=1, max_size=3))
+FIELD_NAMES = [*BASE, *OPTIONAL, "quantization_config", "use_sliding_window", "sliding_window"]
+
+
+@given(
+    st.sampled_from(["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]),
+    st.dictionaries(st.sampled_from(FIELD_NAMES), values, min_size=1, max_size=3),
+)
 @CASES
-def test_any_junk_is_a_configuration_or_a_checkpoint_error(
-    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
-) -> None:
-    folder = _folder(tmp_path_factory.getbasetemp() / "junk", BASE | changes)
+def test_any_junk_is_a_configuration_or_a_checkpoint_error(architecture: str, changes: dict[str, Any]) -> None:
+    _check(BASE | {"architectures": [architecture]} | changes)
+
+
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} | {
+    key: BASE[key] for key in ("vocab_size", "eos_token_id")
+}
+CHATGLM = {
+    "architectures": ["ChatGLMModel"],
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "kv_channels": 16,
+    "padded_vocab_size": 100,
+    "seq_length": 128,
+}
+MORE = ["n_inner", "layer_norm_epsilon", "scale_attn_weights", "tie_word_embeddings", "activation_function"]
+MORE += ["rope_ratio", "layernorm_epsilon", "add_qkv_bias", "add_bias_linear", "rmsnorm", "original_rope"]
+
+
+@pytest.mark.parametrize("base", [GPT2, CHATGLM], ids=["gpt2", "chatglm"])
+@given(st.data())
+@CASES
+def test_any_junk_in_another_family(base: dict[str, Any], data: st.DataObject) -> None:
+    names = st.sampled_from([*base, *MORE])
+    _check(base | data.draw(st.dictionaries(names, values, min_size=1, max_size=3)))
+
+
+def _check(raw: dict[str, Any]) -> None:
     try:
-        config = ModelConfig.from_hf(folder)
+        config = ModelConfig.from_dict("junk", raw, {})
     except CheckpointError:
         return
     assert min(config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn) > 0
     assert config.heads % config.kv_heads == 0
+    if config.head_dim < 1 << 20:
+        rotating = config.rope.dims // 2 if config.rope else 0
+        found = config.inverse_frequencies()
+        assert found.shape == (rotating,)
+        assert np.isfinite(found).all()

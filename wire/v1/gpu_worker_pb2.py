@@ -25,17 +25,21 @@ _sym_db = _symbol_database.Default()
 from wire.v1 import tensor_pb2 as wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18wire/v1/gpu_worker.proto\x12\x07wire.v1\x1a\x14wire/v1/tensor.proto\"\x11\n\x0f\x44\x65scribeRequest\"W\n\x10\x44\x65scribeResponse\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x11\n\tring_only\x18\x03 \x01(\x08\x12\x10\n\x08max_rows\x18\x04 \x01(\r\"C\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\tprecision\x18\x02 \x01(\x0e\x32\x12.wire.v1.Precision\"\x0e\n\x0cLoadResponse\"<\n\nRingMatmul\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x1f\n\x06linear\x18\x02 \x01(\x0e\x32\x0f.wire.v1.Linear\"8\n\x06Matmul\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x1f\n\x06linear\x18\x02 \x01(\x0e\x32\x0f.wire.v1.Linear\".\n\x0cSequenceRows\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\"G\n\x07\x46orward\x12(\n\tsequences\x18\x01 \x03(\x0b\x32\x15.wire.v1.SequenceRows\x12\x12\n\nlogit_rows\x18\x02 \x03(\r\"1\n\x05\x43\x61\x63he\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0ereserve_tokens\x18\x02 \x01(\r\"\xa8\x01\n\tOperation\x12*\n\x0bring_matmul\x18\x01 \x01(\x0b\x32\x13.wire.v1.RingMatmulH\x00\x12!\n\x06matmul\x18\x02 \x01(\x0b\x32\x0f.wire.v1.MatmulH\x00\x12#\n\x07\x66orward\x18\x03 \x01(\x0b\x32\x10.wire.v1.ForwardH\x00\x12\x1f\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x0e.wire.v1.CacheH\x00\x42\x06\n\x04kind\"x\n\x0e\x45xecuteRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12%\n\toperation\x18\x02 \x01(\x0b\x32\x12.wire.v1.Operation\x12%\n\x06header\x18\x03 \x01(\x0b\x32\x15.wire.v1.TensorHeader\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"R\n\x0f\x45xecuteResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12%\n\x06header\x18\x02 \x01(\x0b\x32\x15.wire.v1.TensorHeader\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*Q\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x12\n\x0ePRECISION_INT8\x10\x02*w\n\x06Linear\x12\x16\n\x12LINEAR_UNSPECIFIED\x10\x00\x12\x0e\n\nLINEAR_QKV\x10\x01\x12\x0c\n\x08LINEAR_O\x10\x02\x12\x12\n\x0eLINEAR_GATE_UP\x10\x03\x12\x0f\n\x0bLINEAR_DOWN\x10\x04\x12\x12\n\x0eLINEAR_LM_HEAD\x10\x05\x32\xca\x01\n\x10GpuWorkerService\x12?\n\x08\x44\x65scribe\x12\x18.wire.v1.DescribeRequest\x1a\x19.wire.v1.DescribeResponse\x12\x33\n\x04Load\x12\x14.wire.v1.LoadRequest\x1a\x15.wire.v1.LoadResponse\x12@\n\x07\x45xecute\x12\x17.wire.v1.ExecuteRequest\x1a\x18.wire.v1.ExecuteResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18wire/v1/gpu_worker.proto\x12\x07wire.v1\x1a\x14wire/v1/tensor.proto\"\x11\n\x0f\x44\x65scribeRequest\"W\n\x10\x44\x65scribeResponse\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x11\n\tring_only\x18\x03 \x01(\x08\x12\x10\n\x08max_rows\x18\x04 \x01(\r\"C\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\tprecision\x18\x02 \x01(\x0e\x32\x12.wire.v1.Precision\"\x0e\n\x0cLoadResponse\"<\n\nRingMatmul\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x1f\n\x06linear\x18\x02 \x01(\x0e\x32\x0f.wire.v1.Linear\"8\n\x06Matmul\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x1f\n\x06linear\x18\x02 \x01(\x0e\x32\x0f.wire.v1.Linear\".\n\x0cSequenceRows\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\"G\n\x07\x46orward\x12(\n\tsequences\x18\x01 \x03(\x0b\x32\x15.wire.v1.SequenceRows\x12\x12\n\nlogit_rows\x18\x02 \x03(\r\"%\n\x05\x43hain\x12\x1c\n\x05steps\x18\x01 \x03(\x0b\x32\r.wire.v1.Step\"\xcb\x01\n\x04Step\x12\x1f\n\x05\x65mbed\x18\x01 \x01(\x0b\x32\x0e.wire.v1.EmbedH\x00\x12*\n\x0bproject_qkv\x18\x02 \x01(\x0b\x32\x13.wire.v1.ProjectQkvH\x00\x12!\n\x06\x61ttend\x18\x03 \x01(\x0b\x32\x0f.wire.v1.AttendH\x00\x12,\n\x0c\x66inish_block\x18\x04 \x01(\x0b\x32\x14.wire.v1.FinishBlockH\x00\x12\x1d\n\x04head\x18\x05 \x01(\x0b\x32\r.wire.v1.HeadH\x00\x42\x06\n\x04kind\"1\n\x05\x45mbed\x12(\n\tsequences\x18\x01 \x03(\x0b\x32\x15.wire.v1.SequenceRows\"\x1b\n\nProjectQkv\x12\r\n\x05layer\x18\x01 \x01(\r\"\x17\n\x06\x41ttend\x12\r\n\x05layer\x18\x01 \x01(\r\"\x1c\n\x0b\x46inishBlock\x12\r\n\x05layer\x18\x01 \x01(\r\"\x1a\n\x04Head\x12\x12\n\nlogit_rows\x18\x01 \x03(\r\"\x82\x01\n\tProvision\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.wire.v1.ParameterKind\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1f\n\x06linear\x18\x03 \x01(\x0e\x32\x0f.wire.v1.Linear\x12\x0c\n\x04\x62ias\x18\x04 \x01(\x08\x12\x11\n\tfirst_row\x18\x05 \x01(\r\"\xf3\x01\n\x05\x43\x61\x63he\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x07reserve\x18\x02 \x01(\x0b\x32\x10.wire.v1.ReserveH\x00\x12\x1d\n\x04\x64rop\x18\x03 \x01(\x0b\x32\r.wire.v1.DropH\x00\x12#\n\x07permute\x18\x04 \x01(\x0b\x32\x10.wire.v1.PermuteH\x00\x12!\n\x04read\x18\x05 \x01(\x0b\x32\x11.wire.v1.ReadPageH\x00\x12#\n\x05write\x18\x06 \x01(\x0b\x32\x12.wire.v1.WritePageH\x00\x12\x1d\n\x04wipe\x18\x07 \x01(\x0b\x32\r.wire.v1.WipeH\x00\x42\x08\n\x06\x61\x63tion\"8\n\x07Reserve\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x1d\n\x04type\x18\x02 \x01(\x0e\x32\x0f.wire.v1.KvType\"\x06\n\x04\x44rop\"\t\n\x07Permute\"\'\n\x08ReadPage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04page\x18\x02 \x01(\r\"(\n\tWritePage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04page\x18\x02 \x01(\r\"\x06\n\x04Wipe\"\xf2\x01\n\tOperation\x12*\n\x0bring_matmul\x18\x01 \x01(\x0b\x32\x13.wire.v1.RingMatmulH\x00\x12!\n\x06matmul\x18\x02 \x01(\x0b\x32\x0f.wire.v1.MatmulH\x00\x12#\n\x07\x66orward\x18\x03 \x01(\x0b\x32\x10.wire.v1.ForwardH\x00\x12\x1f\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x0e.wire.v1.CacheH\x00\x12\x1f\n\x05\x63hain\x18\x05 \x01(\x0b\x32\x0e.wire.v1.ChainH\x00\x12\'\n\tprovision\x18\x06 \x01(\x0b\x32\x12.wire.v1.ProvisionH\x00\x42\x06\n\x04kind\"x\n\x0e\x45xecuteRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12%\n\toperation\x18\x02 \x01(\x0b\x32\x12.wire.v1.Operation\x12%\n\x06header\x18\x03 \x01(\x0b\x32\x15.wire.v1.TensorHeader\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"R\n\x0f\x45xecuteResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12%\n\x06header\x18\x02 \x01(\x0b\x32\x15.wire.v1.TensorHeader\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*Q\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x12\n\x0ePRECISION_INT8\x10\x02*w\n\x06Linear\x12\x16\n\x12LINEAR_UNSPECIFIED\x10\x00\x12\x0e\n\nLINEAR_QKV\x10\x01\x12\x0c\n\x08LINEAR_O\x10\x02\x12\x12\n\x0eLINEAR_GATE_UP\x10\x03\x12\x0f\n\x0bLINEAR_DOWN\x10\x04\x12\x12\n\x0eLINEAR_LM_HEAD\x10\x05*\x9b\x02\n\rParameterKind\x12\x1e\n\x1aPARAMETER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15PARAMETER_KIND_LINEAR\x10\x01\x12\x1c\n\x18PARAMETER_KIND_EMBEDDING\x10\x02\x12\x1c\n\x18PARAMETER_KIND_POSITIONS\x10\x03\x12!\n\x1dPARAMETER_KIND_ATTENTION_NORM\x10\x04\x12\x1b\n\x17PARAMETER_KIND_FFN_NORM\x10\x05\x12\x1d\n\x19PARAMETER_KIND_FINAL_NORM\x10\x06\x12\x19\n\x15PARAMETER_KIND_Q_NORM\x10\x07\x12\x19\n\x15PARAMETER_KIND_K_NORM\x10\x08*]\n\x06KvType\x12\x17\n\x13KV_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fKV_TYPE_FLOAT32\x10\x01\x12\x13\n\x0fKV_TYPE_FLOAT16\x10\x02\x12\x10\n\x0cKV_TYPE_INT8\x10\x03\x32\xca\x01\n\x10GpuWorkerService\x12?\n\x08\x44\x65scribe\x12\x18.wire.v1.DescribeRequest\x1a\x19.wire.v1.DescribeResponse\x12\x33\n\x04Load\x12\x14.wire.v1.LoadRequest\x1a\x15.wire.v1.LoadResponse\x12@\n\x07\x45xecute\x12\x17.wire.v1.ExecuteRequest\x1a\x18.wire.v1.ExecuteResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.v1.gpu_worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRECISION']._serialized_start=921
-  _globals['_PRECISION']._serialized_end=1002
-  _globals['_LINEAR']._serialized_start=1004
-  _globals['_LINEAR']._serialized_end=1123
+  _globals['_PRECISION']._serialized_start=1899
+  _globals['_PRECISION']._serialized_end=1980
+  _globals['_LINEAR']._serialized_start=1982
+  _globals['_LINEAR']._serialized_end=2101
+  _globals['_PARAMETERKIND']._serialized_start=2104
+  _globals['_PARAMETERKIND']._serialized_end=2387
+  _globals['_KVTYPE']._serialized_start=2389
+  _globals['_KVTYPE']._serialized_end=2482
   _globals['_DESCRIBEREQUEST']._serialized_start=59
   _globals['_DESCRIBEREQUEST']._serialized_end=76
   _globals['_DESCRIBERESPONSE']._serialized_start=78
@@ -52,14 +56,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEROWS']._serialized_end=418
   _globals['_FORWARD']._serialized_start=420
   _globals['_FORWARD']._serialized_end=491
-  _globals['_CACHE']._serialized_start=493
-  _globals['_CACHE']._serialized_end=542
-  _globals['_OPERATION']._serialized_start=545
-  _globals['_OPERATION']._serialized_end=713
-  _globals['_EXECUTEREQUEST']._serialized_start=715
-  _globals['_EXECUTEREQUEST']._serialized_end=835
-  _globals['_EXECUTERESPONSE']._serialized_start=837
-  _globals['_EXECUTERESPONSE']._serialized_end=919
-  _globals['_GPUWORKERSERVICE']._serialized_start=1126
-  _globals['_GPUWORKERSERVICE']._serialized_end=1328
+  _globals['_CHAIN']._serialized_start=493
+  _globals['_CHAIN']._serialized_end=530
+  _globals['_STEP']._serialized_start=533
+  _globals['_STEP']._serialized_end=736
+  _globals['_EMBED']._serialized_start=738
+  _globals['_EMBED']._serialized_end=787
+  _globals['_PROJECTQKV']._serialized_start=789
+  _globals['_PROJECTQKV']._serialized_end=816
+  _globals['_ATTEND']._serialized_start=818
+  _globals['_ATTEND']._serialized_end=841
+  _globals['_FINISHBLOCK']._serialized_start=843
+  _globals['_FINISHBLOCK']._serialized_end=871
+  _globals['_HEAD']._serialized_start=873
+  _globals['_HEAD']._serialized_end=899
+  _globals['_PROVISION']._serialized_start=902
+  _globals['_PROVISION']._serialized_end=1032
+  _globals['_CACHE']._serialized_start=1035
+  _globals['_CACHE']._serialized_end=1278
+  _globals['_RESERVE']._serialized_start=1280
+  _globals['_RESERVE']._serialized_end=1336
+  _globals['_DROP']._serialized_start=1338
+  _globals['_DROP']._serialized_end=1344
+  _globals['_PERMUTE']._serialized_start=1346
+  _globals['_PERMUTE']._serialized_end=1355
+  _globals['_READPAGE']._serialized_start=1357
+  _globals['_READPAGE']._serialized_end=1396
+  _globals['_WRITEPAGE']._serialized_start=1398
+  _globals['_WRITEPAGE']._serialized_end=1438
+  _globals['_WIPE']._serialized_start=1440
+  _globals['_WIPE']._serialized_end=1446
+  _globals['_OPERATION']._serialized_start=1449
+  _globals['_OPERATION']._serialized_end=1691
+  _globals['_EXECUTEREQUEST']._serialized_start=1693
+  _globals['_EXECUTEREQUEST']._serialized_end=1813
+  _globals['_EXECUTERESPONSE']._serialized_start=1815
+  _globals['_EXECUTERESPONSE']._serialized_end=1897
+  _globals['_GPUWORKERSERVICE']._serialized_start=2485
+  _globals['_GPUWORKERSERVICE']._serialized_end=2687
 # @@protoc_insertion_point(module_scope)

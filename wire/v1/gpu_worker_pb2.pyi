@@ -63,6 +63,56 @@ LINEAR_LM_HEAD: Linear.ValueType  # 5
 """layer 0"""
 global___Linear = Linear
 
+class _ParameterKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ParameterKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ParameterKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PARAMETER_KIND_UNSPECIFIED: _ParameterKind.ValueType  # 0
+    PARAMETER_KIND_LINEAR: _ParameterKind.ValueType  # 1
+    PARAMETER_KIND_EMBEDDING: _ParameterKind.ValueType  # 2
+    PARAMETER_KIND_POSITIONS: _ParameterKind.ValueType  # 3
+    PARAMETER_KIND_ATTENTION_NORM: _ParameterKind.ValueType  # 4
+    PARAMETER_KIND_FFN_NORM: _ParameterKind.ValueType  # 5
+    PARAMETER_KIND_FINAL_NORM: _ParameterKind.ValueType  # 6
+    PARAMETER_KIND_Q_NORM: _ParameterKind.ValueType  # 7
+    PARAMETER_KIND_K_NORM: _ParameterKind.ValueType  # 8
+
+class ParameterKind(_ParameterKind, metaclass=_ParameterKindEnumTypeWrapper): ...
+
+PARAMETER_KIND_UNSPECIFIED: ParameterKind.ValueType  # 0
+PARAMETER_KIND_LINEAR: ParameterKind.ValueType  # 1
+PARAMETER_KIND_EMBEDDING: ParameterKind.ValueType  # 2
+PARAMETER_KIND_POSITIONS: ParameterKind.ValueType  # 3
+PARAMETER_KIND_ATTENTION_NORM: ParameterKind.ValueType  # 4
+PARAMETER_KIND_FFN_NORM: ParameterKind.ValueType  # 5
+PARAMETER_KIND_FINAL_NORM: ParameterKind.ValueType  # 6
+PARAMETER_KIND_Q_NORM: ParameterKind.ValueType  # 7
+PARAMETER_KIND_K_NORM: ParameterKind.ValueType  # 8
+global___ParameterKind = ParameterKind
+
+class _KvType:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _KvTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_KvType.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    KV_TYPE_UNSPECIFIED: _KvType.ValueType  # 0
+    KV_TYPE_FLOAT32: _KvType.ValueType  # 1
+    KV_TYPE_FLOAT16: _KvType.ValueType  # 2
+    KV_TYPE_INT8: _KvType.ValueType  # 3
+    """symmetric per token and head, with a float32 scale"""
+
+class KvType(_KvType, metaclass=_KvTypeEnumTypeWrapper): ...
+
+KV_TYPE_UNSPECIFIED: KvType.ValueType  # 0
+KV_TYPE_FLOAT32: KvType.ValueType  # 1
+KV_TYPE_FLOAT16: KvType.ValueType  # 2
+KV_TYPE_INT8: KvType.ValueType  # 3
+"""symmetric per token and head, with a float32 scale"""
+global___KvType = KvType
+
 @typing.final
 class DescribeRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -214,25 +264,320 @@ class Forward(google.protobuf.message.Message):
 global___Forward = Forward
 
 @typing.final
+class Chain(google.protobuf.message.Message):
+    """Decoder: the steps between two crossings. One request carries a chain of them: its tensor goes into the first step,
+    its answer comes out of the last. A pass begins with Embed, goes through every layer in order (ProjectQkv, Attend,
+    FinishBlock) and ends with Head, over as many requests as the peer likes; the residual stream, and v, stay here. The
+    caches of its sequences grow by its rows when Head is through; a new Embed gives up a pass that did not get there.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: builtins.int
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Step]:
+        """at most 4"""
+
+    def __init__(
+        self,
+        *,
+        steps: collections.abc.Iterable[global___Step] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["steps", b"steps"]) -> None: ...
+
+global___Chain = Chain
+
+@typing.final
+class Step(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EMBED_FIELD_NUMBER: builtins.int
+    PROJECT_QKV_FIELD_NUMBER: builtins.int
+    ATTEND_FIELD_NUMBER: builtins.int
+    FINISH_BLOCK_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    @property
+    def embed(self) -> global___Embed:
+        """first: ids int32[m]"""
+
+    @property
+    def project_qkv(self) -> global___ProjectQkv:
+        """last: float32[m, (heads + kv_heads) . head_dim] = q beside k, before norm and RoPE"""
+
+    @property
+    def attend(self) -> global___Attend:
+        """first: q beside k, final; last: attention float32[m, heads . head_dim]"""
+
+    @property
+    def finish_block(self) -> global___FinishBlock:
+        """first: attention float32[m, heads . head_dim]"""
+
+    @property
+    def head(self) -> global___Head:
+        """last: logits float32[len(logit_rows), vocabulary]"""
+
+    def __init__(
+        self,
+        *,
+        embed: global___Embed | None = ...,
+        project_qkv: global___ProjectQkv | None = ...,
+        attend: global___Attend | None = ...,
+        finish_block: global___FinishBlock | None = ...,
+        head: global___Head | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["attend", b"attend", "embed", b"embed", "finish_block", b"finish_block", "head", b"head", "kind", b"kind", "project_qkv", b"project_qkv"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attend", b"attend", "embed", b"embed", "finish_block", b"finish_block", "head", b"head", "kind", b"kind", "project_qkv", b"project_qkv"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["embed", "project_qkv", "attend", "finish_block", "head"] | None: ...
+
+global___Step = Step
+
+@typing.final
+class Embed(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SequenceRows]: ...
+    def __init__(
+        self,
+        *,
+        sequences: collections.abc.Iterable[global___SequenceRows] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sequences", b"sequences"]) -> None: ...
+
+global___Embed = Embed
+
+@typing.final
+class ProjectQkv(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: builtins.int
+    layer: builtins.int
+    def __init__(
+        self,
+        *,
+        layer: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layer", b"layer"]) -> None: ...
+
+global___ProjectQkv = ProjectQkv
+
+@typing.final
+class Attend(google.protobuf.message.Message):
+    """Directly after ProjectQkv it uses what that left, normed and rotated as the model asks, then permuted by what Permute
+    left for the sequence. As the first step of its request it uses the peer's q and k as they are.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: builtins.int
+    layer: builtins.int
+    def __init__(
+        self,
+        *,
+        layer: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layer", b"layer"]) -> None: ...
+
+global___Attend = Attend
+
+@typing.final
+class FinishBlock(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: builtins.int
+    layer: builtins.int
+    def __init__(
+        self,
+        *,
+        layer: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layer", b"layer"]) -> None: ...
+
+global___FinishBlock = FinishBlock
+
+@typing.final
+class Head(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGIT_ROWS_FIELD_NUMBER: builtins.int
+    @property
+    def logit_rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        logit_rows: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logit_rows", b"logit_rows"]) -> None: ...
+
+global___Head = Head
+
+@typing.final
+class Provision(google.protobuf.message.Message):
+    """Decoder: float32[rows, width] of one parameter, by value, for this stream only. Rows come in order, from 0; a
+    parameter is used once all its rows are there. A vector has width 1. No answer tensor.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    LAYER_FIELD_NUMBER: builtins.int
+    LINEAR_FIELD_NUMBER: builtins.int
+    BIAS_FIELD_NUMBER: builtins.int
+    FIRST_ROW_FIELD_NUMBER: builtins.int
+    kind: global___ParameterKind.ValueType
+    layer: builtins.int
+    linear: global___Linear.ValueType
+    """of PARAMETER_KIND_LINEAR"""
+    bias: builtins.bool
+    first_row: builtins.int
+    def __init__(
+        self,
+        *,
+        kind: global___ParameterKind.ValueType = ...,
+        layer: builtins.int = ...,
+        linear: global___Linear.ValueType = ...,
+        bias: builtins.bool = ...,
+        first_row: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bias", b"bias", "first_row", b"first_row", "kind", b"kind", "layer", b"layer", "linear", b"linear"]) -> None: ...
+
+global___Provision = Provision
+
+@typing.final
 class Cache(google.protobuf.message.Message):
-    """Decoder: reserve or drop a sequence's KV cache. No tensor either way."""
+    """Decoder: one thing about a sequence's KV cache."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: builtins.int
-    RESERVE_TOKENS_FIELD_NUMBER: builtins.int
+    RESERVE_FIELD_NUMBER: builtins.int
+    DROP_FIELD_NUMBER: builtins.int
+    PERMUTE_FIELD_NUMBER: builtins.int
+    READ_FIELD_NUMBER: builtins.int
+    WRITE_FIELD_NUMBER: builtins.int
+    WIPE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
-    reserve_tokens: builtins.int
-    """> 0 reserves; 0 drops"""
+    @property
+    def reserve(self) -> global___Reserve: ...
+    @property
+    def drop(self) -> global___Drop: ...
+    @property
+    def permute(self) -> global___Permute: ...
+    @property
+    def read(self) -> global___ReadPage: ...
+    @property
+    def write(self) -> global___WritePage: ...
+    @property
+    def wipe(self) -> global___Wipe: ...
     def __init__(
         self,
         *,
         sequence: builtins.int = ...,
-        reserve_tokens: builtins.int = ...,
+        reserve: global___Reserve | None = ...,
+        drop: global___Drop | None = ...,
+        permute: global___Permute | None = ...,
+        read: global___ReadPage | None = ...,
+        write: global___WritePage | None = ...,
+        wipe: global___Wipe | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reserve_tokens", b"reserve_tokens", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["action", b"action", "drop", b"drop", "permute", b"permute", "read", b"read", "reserve", b"reserve", "wipe", b"wipe", "write", b"write"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "drop", b"drop", "permute", b"permute", "read", b"read", "reserve", b"reserve", "sequence", b"sequence", "wipe", b"wipe", "write", b"write"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["action", b"action"]) -> typing.Literal["reserve", "drop", "permute", "read", "write", "wipe"] | None: ...
 
 global___Cache = Cache
+
+@typing.final
+class Reserve(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    TYPE_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    type: global___KvType.ValueType
+    def __init__(
+        self,
+        *,
+        tokens: builtins.int = ...,
+        type: global___KvType.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tokens", b"tokens", "type", b"type"]) -> None: ...
+
+global___Reserve = Reserve
+
+@typing.final
+class Drop(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___Drop = Drop
+
+@typing.final
+class Permute(google.protobuf.message.Message):
+    """int32[layers, 2, kv_heads, head_dim], for keys and for values: the dims of what is cached are gathered by these
+    indices, and so is what this worker projects for the sequence from now on (q with the indices of k).
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___Permute = Permute
+
+@typing.final
+class ReadPage(google.protobuf.message.Message):
+    """A page is PAGE_TOKENS tokens of one layer: keys, values, scales, as opaque words int32[page_words]."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: builtins.int
+    PAGE_FIELD_NUMBER: builtins.int
+    layer: builtins.int
+    page: builtins.int
+    def __init__(
+        self,
+        *,
+        layer: builtins.int = ...,
+        page: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layer", b"layer", "page", b"page"]) -> None: ...
+
+global___ReadPage = ReadPage
+
+@typing.final
+class WritePage(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: builtins.int
+    PAGE_FIELD_NUMBER: builtins.int
+    layer: builtins.int
+    page: builtins.int
+    def __init__(
+        self,
+        *,
+        layer: builtins.int = ...,
+        page: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layer", b"layer", "page", b"page"]) -> None: ...
+
+global___WritePage = WritePage
+
+@typing.final
+class Wipe(google.protobuf.message.Message):
+    """Zeroes what the cache holds; it stays reserved, and as long as it was."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___Wipe = Wipe
 
 @typing.final
 class Operation(google.protobuf.message.Message):
@@ -242,6 +587,8 @@ class Operation(google.protobuf.message.Message):
     MATMUL_FIELD_NUMBER: builtins.int
     FORWARD_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
+    CHAIN_FIELD_NUMBER: builtins.int
+    PROVISION_FIELD_NUMBER: builtins.int
     @property
     def ring_matmul(self) -> global___RingMatmul: ...
     @property
@@ -250,6 +597,10 @@ class Operation(google.protobuf.message.Message):
     def forward(self) -> global___Forward: ...
     @property
     def cache(self) -> global___Cache: ...
+    @property
+    def chain(self) -> global___Chain: ...
+    @property
+    def provision(self) -> global___Provision: ...
     def __init__(
         self,
         *,
@@ -257,10 +608,12 @@ class Operation(google.protobuf.message.Message):
         matmul: global___Matmul | None = ...,
         forward: global___Forward | None = ...,
         cache: global___Cache | None = ...,
+        chain: global___Chain | None = ...,
+        provision: global___Provision | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cache", b"cache", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "ring_matmul", b"ring_matmul"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "ring_matmul", b"ring_matmul"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["ring_matmul", "matmul", "forward", "cache"] | None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache", "chain", b"chain", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "provision", b"provision", "ring_matmul", b"ring_matmul"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "chain", b"chain", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "provision", b"provision", "ring_matmul", b"ring_matmul"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["ring_matmul", "matmul", "forward", "cache", "chain", "provision"] | None: ...
 
 global___Operation = Operation
 

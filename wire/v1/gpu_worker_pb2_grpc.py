@@ -72,7 +72,7 @@ class GpuWorkerServiceServicer(object):
 
     def Execute(self, request_iterator, context):
         """One long-lived stream of calls. Calls carry ids and may be pipelined; they are answered in order.
-        Whatever a stream reserved is dropped when it ends.
+        Whatever a stream reserved or provisioned is dropped when it ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class GpuWorkerServiceStub:
         wire.v1.gpu_worker_pb2.ExecuteResponse,
     ]
     """One long-lived stream of calls. Calls carry ids and may be pipelined; they are answered in order.
-    Whatever a stream reserved is dropped when it ends.
+    Whatever a stream reserved or provisioned is dropped when it ends.
     """
 
 class GpuWorkerServiceAsyncStub:
@@ -61,7 +61,7 @@ class GpuWorkerServiceAsyncStub:
         wire.v1.gpu_worker_pb2.ExecuteResponse,
     ]
     """One long-lived stream of calls. Calls carry ids and may be pipelined; they are answered in order.
-    Whatever a stream reserved is dropped when it ends.
+    Whatever a stream reserved or provisioned is dropped when it ends.
     """
 
 class GpuWorkerServiceServicer(metaclass=abc.ABCMeta):
@@ -90,7 +90,7 @@ class GpuWorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[wire.v1.gpu_worker_pb2.ExecuteResponse], collections.abc.AsyncIterator[wire.v1.gpu_worker_pb2.ExecuteResponse]]:
         """One long-lived stream of calls. Calls carry ids and may be pipelined; they are answered in order.
-        Whatever a stream reserved is dropped when it ends.
+        Whatever a stream reserved or provisioned is dropped when it ends.
         """
 
 def add_GpuWorkerServiceServicer_to_server(servicer: GpuWorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -371,6 +371,9 @@ class StatsResponse(google.protobuf.message.Message):
     SESSIONS_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     MEMORY_LOCKED_FIELD_NUMBER: builtins.int
+    PAGES_SEALED_FIELD_NUMBER: builtins.int
+    PAGES_RESTORED_FIELD_NUMBER: builtins.int
+    PERMUTATIONS_RENEWED_FIELD_NUMBER: builtins.int
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     exchanges: builtins.int
@@ -395,6 +398,10 @@ class StatsResponse(google.protobuf.message.Message):
     tokens: builtins.int
     """rows that went through the model"""
     memory_locked: builtins.bool
+    pages_sealed: builtins.int
+    """of KV caches"""
+    pages_restored: builtins.int
+    permutations_renewed: builtins.int
     def __init__(
         self,
         *,
@@ -417,7 +424,10 @@ class StatsResponse(google.protobuf.message.Message):
         sessions: builtins.int = ...,
         tokens: builtins.int = ...,
         memory_locked: builtins.bool = ...,
+        pages_sealed: builtins.int = ...,
+        pages_restored: builtins.int = ...,
+        permutations_renewed: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["exchanges", b"exchanges", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "precision", b"precision", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "tokens", b"tokens", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exchanges", b"exchanges", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "tokens", b"tokens", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]) -> None: ...
 
 global___StatsResponse = StatsResponse

@@ -1,0 +1,170 @@
+"""`cleave budget`: what a model would cost under every scheme. Nothing is run, and no weights are needed.
+
+The numbers are those of wire/costs.py. With --json they are one object: `model`, `context`, `stock`,
+`kv_bytes_per_token` and `kv_bytes` (of the whole context) by element type, and `schemes`: by name, `precision`,
+`exchanges`, `bytes_up`, `bytes_down`, `prompt_bytes_up`, `prompt_bytes_down` (of one prompt row), `start_bytes_up`
+(on every new stream, before its first session), `macs_trusted` and `macs_worker` (by purpose), `memory_budget` and
+`memory_parts` (bytes), `pad` (`words`, `macs`, `sealed_bytes`, `bank_bytes`; null without pads),
+`link_tokens_per_second` (null without a link, or without exchanges).
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from client.shapes import SHAPES, shape
+from client.terminal import size
+from wire.costs import SCHEMES, Case, Cost, cost
+from wire.errors import CheckpointError
+from wire.kv_pages import KvType, token_bytes
+from wire.model_config import ModelConfig, read_json
+
+Show = Callable[[float], str]
+_NOTES = """
+Per decoded token: one row, logits wanted, the token itself counted in the context. A prompt row: its logits are not
+wanted; a pass over up to 64 rows makes as many exchanges as one row. Bytes are those of tensors: the envelope of a
+call, some dozens of bytes, comes on top. MACs are those of matrix products. secure-infer: with a pad in stock.
+Smallest memory: the trusted worker's --memory-budget for one session, computed as it allocates. numpy's temporaries,
+token ids and keys, some MiB, lie outside. A prompt goes through in passes of as few rows as a quarter of the budget
+holds. Weights are read from disk at each use until half of the budget holds them; then they stay, and a budget that is
+only a little larger than that may lack room for the session.
+"""
+_LINK_NOTE = "The link's bound is 1 / (exchanges x round trip + bytes both ways / bandwidth): no computing is in it.\n"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table, or the JSON object. Raises CheckpointError, ContextError, InvalidArgumentError."""
+    result = report(options, read_model(options.model))
+    print(json.dumps(result) if options.json else table(result))
+    return 0
+
+
+def read_model(text: str) -> ModelConfig:
+    """From a folder, a config.json alone, or shape:NAME. Raises CheckpointError."""
+    kind, colon, name = text.partition(":")
+    if kind == "shape" and colon:
+        return shape(name)
+    path = Path(text)
+    if path.is_dir():
+        return ModelConfig.from_hf(path)
+    if not path.is_file():
+        known = ", ".join(SHAPES)
+        raise CheckpointError(f"{text} is no folder and no config.json; shape:NAME has {known}")
+    return ModelConfig.from_dict(path.resolve().parent.name, read_json(path), {})
+
+
+def report(options: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+    """The JSON object. See this file's first lines."""
+    per_token = {kind.name.lower(): token_bytes(config, kind) for kind in KvType}
+    schemes = {}
+    for scheme in [options.scheme] if options.scheme else SCHEMES:
+        precisions = SCHEMES[scheme][0]
+        chosen = options.precision if options.scheme or options.precision in precisions else None
+        case = Case(config, chosen or precisions[0], options.context, options.stock, options.rope == "worker")
+        schemes[scheme] = _scheme(cost(scheme, case), case, options)
+    return {
+        "model": config.name,
+        "context": options.context,
+        "stock": options.stock,
+        "kv_bytes_per_token": per_token,
+        "kv_bytes": {kind: count * options.context for kind, count in per_token.items()},
+        "schemes": schemes,
+    }
+
+
+def _scheme(found: Cost, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    pads = found.pads
+    seconds = found.exchanges * (options.rtt_us or 0) / 1e6
+    seconds += (found.bytes_up + found.bytes_down) / options.bandwidth if options.bandwidth else 0
+    return {
+        "precision": case.precision,
+        "exchanges": found.exchanges,
+        "bytes_up": found.bytes_up,
+        "bytes_down": found.bytes_down,
+        "prompt_bytes_up": found.prompt_up,
+        "prompt_bytes_down": found.prompt_down,
+        "start_bytes_up": found.start_up,
+        "macs_trusted": found.macs_trusted,
+        "macs_worker": found.macs_worker,
+        "memory_budget": sum(found.memory.values()),
+        "memory_parts": found.memory,
+        "pad": pads and {**vars(pads), "bank_bytes": case.stock * pads.sealed_bytes},
+        "link_tokens_per_second": 1 / seconds if seconds else None,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The report for people: one column for each scheme."""
+    kinds = result["kv_bytes_per_token"]
+    context, columns = result["context"], result["schemes"].values()
+    lines = [
+        f"{result['model']}, a context of {context} tokens",
+        "",
+        _line("KV cache", kinds),
+        _line("  one token", map(size, kinds.values())),
+        _line(f"  {context} tokens", map(size, result["kv_bytes"].values())),
+        "",
+        _line("", result["schemes"]),
+        _line("precision", (one["precision"] for one in columns)),
+        _line("exchanges per decoded token", (one["exchanges"] for one in columns)),
+        *_sizes("bytes up per decoded token", "bytes_up", columns),
+        *_sizes("bytes down per decoded token", "bytes_down", columns),
+        *_sizes("bytes up per prompt row", "prompt_bytes_up", columns),
+        *_sizes("bytes down per prompt row", "prompt_bytes_down", columns),
+        *_sizes("bytes up once, at the start", "start_bytes_up", columns),
+        *_parts("MACs of the trusted worker", "macs_trusted", columns, macs),
+        *_parts("MACs of the GPU worker", "macs_worker", columns, macs),
+        *_parts("smallest memory, trusted worker", "memory_parts", columns, size),
+        *_pads(result["stock"], columns),
+        *_link(columns),
+    ]
+    linked = any(one["link_tokens_per_second"] for one in columns)
+    return "\n".join(lines) + "\n" + _NOTES + (_LINK_NOTE if linked else "")
+
+
+def macs(count: float) -> str:
+    """Multiply-accumulates for people: 6607077376 -> 6.61 G."""
+    for unit in ("", " k", " M"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} G" if count < 1000 else f"{count:.0f} G"
+
+
+def _line(name: str, cells: Iterable[object]) -> str:
+    return f"{name:<33}" + "".join(f"{cell!s:>14}" for cell in cells)
+
+
+def _sizes(name: str, key: str, columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [_line(name, (size(one[key]) if one[key] else "-" for one in columns))]
+
+
+def _parts(name: str, key: str, columns: Iterable[Mapping[str, Any]], show: Show) -> list[str]:
+    """A sum, and below it what it is made of; a part that no column has is left out."""
+    names = dict.fromkeys(part for one in columns for part, count in one[key].items() if count)
+    cells = {part: [show(one[key][part]) if one[key].get(part) else "-" for one in columns] for part in names}
+    sums = [sum(one[key].values()) for one in columns]
+    total = _line(name, (show(count) if count else "-" for count in sums))
+    return [total, *(_line(f"  {part}", line) for part, line in cells.items())]
+
+
+def _pads(stock: int, columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    pads = [one["pad"] for one in columns]
+    if not any(pads):
+        return []
+    rows: dict[str, tuple[str, Show]] = {
+        "one pad, 32-bit words": ("words", lambda count: f"{count:,}"),
+        "one pad, MACs to make it": ("macs", macs),
+        "one pad, sealed in the bank": ("sealed_bytes", size),
+        f"bank for {stock} pads": ("bank_bytes", size),
+    }
+    return [_line(name, (show(pad[key]) if pad else "-" for pad in pads)) for name, (key, show) in rows.items()]
+
+
+def _link(columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    rates = [one["link_tokens_per_second"] for one in columns]
+    if not any(rates):
+        return []
+    return [_line("tokens/s, at most, by the link", (f"{rate:,.1f}" if rate else "-" for rate in rates))]

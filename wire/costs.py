@@ -1,0 +1,215 @@
+"""What a scheme costs, from the sizes of a model alone: exchanges, bytes, multiplications, memory.
+
+Counts are those of one decoded token (one row, logits wanted) whose context holds `Case.context` tokens, itself
+included. Bytes are those of tensors; a call's envelope, a few dozen bytes, comes on top. MACs are multiply-accumulates
+of matrix products; norms, RoPE, softmax and quantisation are left out. Memory is the arena of the trusted worker as it
+allocates it, block by block: the numbers below that are not from a model are its own, and tests hold the two together.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from wire.errors import ContextError, InvalidArgumentError
+from wire.kv_pages import KvType, page_words, token_bytes
+from wire.linears import Linear, LinearSpec, all_specs
+from wire.model_config import ModelConfig
+from wire.parameters import Kind, parameters
+
+WORD = 4  # bytes of every element that travels: float32 or int32
+PAGE = 4096  # the smallest arena
+ALIGNMENT = 64  # of its blocks
+MAX_ROWS = 64  # of one step, as long as a quarter of the budget holds its scratch
+SEGMENT, TAG = 1 << 13, 16  # outputs that are sealed together, and bytes of their tag
+REFILL_ROWS = 256  # pads made at once, as long as an eighth of the budget holds them
+SUM_LIMBS, CHECK_LIMBS = 4, 3  # of s and of c, int16 each, in verification
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked. `stock`: pads that the bank holds; `rope_on_worker`: kv-shield's faster form."""
+
+    config: ModelConfig
+    precision: str  # float32 or int8
+    context: int
+    stock: int = 64
+    rope_on_worker: bool = False
+
+    @property
+    def specs(self) -> list[LinearSpec]:
+        """All linears of the model."""
+        return all_specs(self.config)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one weight."""
+        return 1 if self.precision == "int8" else WORD
+
+
+@dataclass(frozen=True)
+class Pads:
+    """One one-time pad, for one row on its way through all linears."""
+
+    words: int  # 32-bit words of key stream
+    macs: int  # to make it
+    sealed_bytes: int  # that it takes in the bank
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one scheme costs. Parts are bytes, or MACs, by what they are for."""
+
+    exchanges: int  # of any pass through the model whose logits are wanted, whatever its rows
+    bytes_up: int  # from the trusted worker
+    bytes_down: int
+    prompt_up: int  # the same of a prompt row, whose logits are not wanted
+    prompt_down: int
+    macs_trusted: Parts
+    macs_worker: Parts
+    memory: Parts  # the smallest budget of the trusted worker with one session
+    pads: Pads | None = None
+    start_up: int = 0  # bytes up on every new stream, before its first session
+
+
+def cost(scheme: str, case: Case) -> Cost:
+    """Raises InvalidArgumentError for what a scheme does not do, ContextError for a context that the model lacks."""
+    if case.precision not in SCHEMES[scheme][0]:
+        raise InvalidArgumentError(f"{scheme} runs at {' or '.join(SCHEMES[scheme][0])}, not at {case.precision}")
+    if not 0 < case.context <= case.config.max_context:
+        most = case.config.max_context
+        raise ContextError(f"a context of {case.context} tokens was asked; {case.config.name} has 1 to {most}")
+    return SCHEMES[scheme][1](case)
+
+
+def _plain(case: Case) -> Cost:
+    return Cost(1, WORD, WORD * case.config.vocabulary, WORD, 0, {}, _products(case) | _attention(case), {"page": PAGE})
+
+
+def _split(case: Case) -> Cost:
+    return _linear_by_linear(case, _attention(case), _decoder(case, loads=case.precision == "int8"))
+
+
+def _tee_only(case: Case) -> Cost:
+    return Cost(0, 0, 0, 0, 0, _products(case) | _attention(case), {}, _decoder(case, loads=True))
+
+
+def _secure_infer(case: Case) -> Cost:
+    checks = sum(SUM_LIMBS * spec.n + CHECK_LIMBS * spec.k for spec in case.specs)
+    sealed = sum(WORD * spec.n + TAG * -(-spec.n // SEGMENT) for spec in case.specs)
+    pads = Pads(sum(spec.k for spec in case.specs), sum(_products(case).values()), sealed)
+    memory = _decoder(case, loads=True, pads=True)
+    return _linear_by_linear(case, _attention(case) | {"verification": checks}, memory, pads)
+
+
+def _kv_shield(case: Case) -> Cost:
+    """q and k come back between two crossings, unless nothing is left to do on them here."""
+    config, crosses = case.config, case.config.rope is not None and not case.rope_on_worker
+    row = WORD * config.layers * (config.q_width + crosses * (config.q_width + config.kv_width))
+    exchanges, down = (1 + crosses) * config.layers + 1, row + WORD * config.vocabulary
+    work, memory = _products(case) | _attention(case), _permuter(config, crosses)
+    permuted = (one for one in parameters(config).values() if one.name.linear is Linear.QKV)
+    start = WORD * sum(one.rows * one.width for one in permuted)
+    return Cost(exchanges, WORD + row, down, WORD + row, row, {}, work, memory, start_up=start)
+
+
+SCHEMES: dict[str, tuple[tuple[str, ...], Callable[[Case], Cost]]] = {  # precisions, the usual one first
+    "secure-infer": (("int8",), _secure_infer),
+    "kv-shield": (("float32",), _kv_shield),
+    "split": (("int8", "float32"), _split),
+    "plain": (("int8", "float32"), _plain),
+    "tee-only": (("int8", "float32"), _tee_only),
+}
+
+
+def _linear_by_linear(case: Case, inside: Parts, memory: Parts, pads: Pads | None = None) -> Cost:
+    up, down = (WORD * sum(sizes) for sizes in zip(*((spec.k, spec.n) for spec in case.specs), strict=True))
+    head = case.specs[-1]
+    prompt = up - WORD * head.k, down - WORD * head.n
+    return Cost(len(case.specs), up, down, *prompt, inside, _products(case), memory, pads)
+
+
+def _products(case: Case) -> Parts:
+    return {"linears": sum(spec.k * spec.n for spec in case.specs)}
+
+
+def _attention(case: Case) -> Parts:
+    tokens = min(case.context, case.config.window or case.context)
+    return {"attention": 2 * case.config.layers * case.config.q_width * tokens}
+
+
+def scratch_bytes(config: ModelConfig, rows: int) -> int:
+    """What the trusted worker reserves for the temporaries of a pass over `rows` rows."""
+    *block, head = (24 * spec.k + 20 * spec.n for spec in all_specs(config))
+    kept = 4 * (4 * config.hidden + 3 * config.ffn + 3 * config.q_width + 2 * config.kv_width)
+    return rows * (max(block) + kept) + min(rows, 16) * head + (1 << 16)
+
+
+def _smallest(fixed: Parts, grown: Callable[[int], Parts]) -> Parts:
+    """The least budget that holds `fixed`, and what grows with the budget itself: found from below, part by part."""
+    parts, budget = fixed, 0
+    while (total := sum(parts.values())) > budget:
+        budget = total
+        parts = fixed | grown(budget)
+    return parts
+
+
+def _step(size: Callable[[int], int], budget: int) -> int:
+    """Bytes of a step's scratch, of `size(rows)`: as many rows as a quarter of the budget holds, and at least one."""
+    rows = MAX_ROWS
+    while rows > 1 and size(rows) > max(budget // 4, size(1)):
+        rows //= 2
+    return _blocks([size(rows)])
+
+
+def _decoder(case: Case, loads: bool, pads: bool = False) -> Parts:
+    """Memory of a scheme whose decoder runs inside. `loads`: it reads the linears, for their scales at least."""
+    return _smallest(_fixed(case, loads, pads), lambda budget: _grown(case, budget, loads, pads))
+
+
+def _fixed(case: Case, loads: bool, pads: bool) -> Parts:
+    config, specs = case.config, case.specs
+    kept = parameters(config).values()
+    checks = [2 * CHECK_LIMBS * spec.k for spec in specs] + [2 * SUM_LIMBS * max(spec.n for spec in specs)]
+    return {
+        "embedding": _blocks([case.width * config.vocabulary * config.hidden, WORD * config.vocabulary]),
+        "positions": _blocks(WORD * one.rows * one.width for one in kept if one.name.kind is Kind.POSITIONS),
+        "norms and biases": _blocks(WORD * one.rows for one in kept if one.width == 1),
+        "scales": _blocks(WORD * spec.n for spec in _missing(case)) if loads else 0,
+        "verification": _blocks(checks) if pads else 0,
+        "kv cache": _blocks([case.context * token_bytes(config, KvType.FLOAT32)]),
+    }
+
+
+def _grown(case: Case, budget: int, loads: bool, pads: bool) -> Parts:
+    weights = [case.width * spec.k * spec.n for spec in _missing(case)]
+    refill = WORD * (3 * max(spec.k for spec in case.specs) + min(SEGMENT, max(spec.n for spec in case.specs)))
+    made = max(1, min(REFILL_ROWS, case.stock, budget // 8 // refill))
+    return {
+        "scratch": _step(partial(scratch_bytes, case.config), budget),
+        "weights": _blocks(weights) if loads and sum(weights) <= budget // 2 else 0,  # else streamed from disk
+        "refill": _blocks([made * refill + 4 * ALIGNMENT]) if pads else 0,
+    }
+
+
+def _missing(case: Case) -> list[LinearSpec]:
+    """Linears that are not the embedding table."""
+    return case.specs[:-1] if case.config.tied else case.specs
+
+
+def _blocks(sizes: Iterable[int]) -> int:
+    return sum(max(-(-size // ALIGNMENT), 1) * ALIGNMENT for size in sizes)
+
+
+def _permuter(config: ModelConfig, crosses: bool) -> Parts:
+    """Memory of kv-shield: permutations of the process and of one session, for keys and for values each."""
+    table = 4 * config.layers * config.kv_heads * config.head_dim
+    norms = [WORD * config.head_dim] * (2 * config.layers if crosses and config.qk_norm else 0)
+    least = max(config.head_dim * config.hidden, page_words(config, KvType.FLOAT32))
+
+    def size(rows: int) -> int:
+        return WORD * max(rows * (3 * config.q_width + 2 * config.kv_width), least) + (1 << 12)
+
+    fixed = {"permutations": _blocks([table, table]), "norms and biases": _blocks(norms)}
+    return _smallest(fixed, lambda budget: {"scratch": _step(size, budget)})
