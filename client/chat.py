@@ -23,7 +23,7 @@ _SCHEMES = {
     "secure-infer": "The GPU worker sees one-time-padded integers only; every product is verified before it is used.",
     "split": "The GPU worker multiplies in the clear: it can read the conversation. A baseline, not a protection.",
     "plain": "The whole model runs on the GPU worker, which reads the conversation. A baseline, not a protection.",
-    "kv-shield": "The GPU worker can read the conversation. Hidden is the KV cache, from who reads only that.",
+    "kv-shield": "The GPU worker can read the conversation. Only its KV cache, read alone, is hidden.",
     "tee-only": "Everything runs in the trusted worker; the GPU worker gets nothing, and no work either.",
 }
 _EXPOSED = "It always sees: prompt and answer lengths, when steps happen, and the shapes of the tensors."

@@ -22,6 +22,7 @@ from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
 
 if TYPE_CHECKING:
+    from gpu_worker.stream import Stream
     from gpu_worker.worker import Result, Worker
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
                 async for frame in request_iterator:
                     call = reader.add(frame, worker.model)
                     if call is not None:
-                        await _answer(context, call, await self._compute.run(worker.execute, call, stream))
+                        await self._carry_out(worker, call, stream, context)
                 reader.finish()
             finally:
                 self._compute.submit(stream.close)
@@ -100,6 +101,16 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
             return  # the peer left, or the server stops: there is nobody to tell
         except Exception as error:
             await _abort(context, error)
+
+    async def _carry_out(self, worker: "Worker", call: Call, stream: "Stream", context: Any) -> None:
+        """Answer one call, or refuse it: what a well-formed call cannot have ends that call, not its stream."""
+        try:
+            result = await self._compute.run(worker.execute, call, stream)
+        except CleaveError as error:
+            log.warning("a call was refused: %s", type(error).__name__)
+            await context.write(pb.ExecuteResponse(id=call.id, refused=error.code.value[0]))
+        else:
+            await _answer(context, call, result)
 
 
 def make_server(servicer: Servicer) -> grpc.aio.Server:

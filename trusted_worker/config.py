@@ -91,6 +91,8 @@ def _check(parser: argparse.ArgumentParser, given: dict[str, Any]) -> None:
         parser.error("kv-shield computes in float32: leave --precision out; --kv-dtype makes its cache smaller")
     if scheme != "kv-shield" and (given["rope"] != "trusted" or given["rotate_every"] or given["seal_idle"]):
         parser.error("--rope, --rotate-every and --seal-idle belong to --scheme kv-shield")
+    if scheme not in ("kv-shield", "tee-only") and given["model_key_file"]:
+        parser.error("a sealed model can only be served by --scheme kv-shield or tee-only")
     if scheme not in ("kv-shield", "plain") and given["kv_dtype"] != "float32":
         parser.error("--kv-dtype is for caches on the GPU worker: --scheme kv-shield or plain")
 
@@ -118,7 +120,7 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--memory-budget", type=size, default="64MiB", help="secure memory, exactly (default: 64MiB)")
     add("--pad-bank", type=size, default="64MiB", help="sealed pads kept outside the budget (default: 64MiB)")
-    add("--spill-dir", default=None, help="where sealed pads are parked (default: the system's temporary folder)")
+    add("--spill-dir", default=None, help="where sealed pads and pages are parked (default: the temporary folder)")
 
 
 def _add_service_flags(parser: argparse.ArgumentParser) -> None:

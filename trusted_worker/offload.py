@@ -15,7 +15,15 @@ import grpc
 import numpy as np
 
 from wire import channel, codec
-from wire.errors import CleaveError, DeadlineError, InvalidArgumentError, UnavailableError, VerificationError
+from wire.errors import (
+    CleaveError,
+    ContextError,
+    DeadlineError,
+    ExhaustedError,
+    InvalidArgumentError,
+    UnavailableError,
+    VerificationError,
+)
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
 
@@ -101,6 +109,8 @@ class GpuWorker:
             late = time.monotonic() - self._started > self._seconds
             self.close()
             raise DeadlineError("the GPU worker did not answer in time") if late else _local_error(error) from None
+        except _Refused as refused:  # this call only
+            raise _refusal(refused.number) from None
         except CleaveError:
             self.close()
             raise
@@ -124,6 +134,8 @@ class GpuWorker:
     def _receive(self, shape: tuple[int, ...] | None, dtype: np.dtype[Any]) -> codec.Array:
         frames = self._frames()
         first = next(frames)
+        if first.refused:
+            raise _Refused(first.refused)
         try:
             if shape is None:
                 return np.empty(0, np.float32)
@@ -149,6 +161,23 @@ class GpuWorker:
             if frame.id != self._id:
                 raise VerificationError
             yield frame
+
+
+class _Refused(Exception):  # noqa: N818  (not an error of the stream)
+    """The worker answered a call with a status code."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _refusal(number: int) -> CleaveError:
+    """The code in our own words."""
+    if number == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
+        return ExhaustedError("the GPU worker has no memory left for a context of this size")
+    if number == grpc.StatusCode.OUT_OF_RANGE.value[0]:
+        return ContextError("the GPU worker's context is full")
+    return UnavailableError(f"the GPU worker refused a call (status {number})")
 
 
 def _local_error(error: Any) -> CleaveError:

@@ -11,7 +11,7 @@ from wire.v1 import gpu_worker_pb2 as pb
 
 
 class RemoteCache:
-    """Reserved when it is made. Raises what the GPU worker answers: ExhaustedError becomes UnavailableError there."""
+    """Reserved when it is made. Raises ExhaustedError when the GPU worker has no room, UnavailableError."""
 
     def __init__(self, worker: Worker, sequence: int, tokens: int, kind: KvType) -> None:
         self._worker, self.sequence, self._kind = worker, sequence, kind

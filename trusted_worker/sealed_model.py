@@ -12,8 +12,9 @@ So a file opens only whole, in order, under its name, with this configuration, b
 
 Who reads the disk learns the sizes and names of files, configuration and tokenizer, and nothing of the weights. Who
 writes it can make opening fail, put back an older sealing of the whole folder, and change the tokenizer, which is not
-bound; the configuration is, as it was read for use. The seal protects the disk and no more: with kv-shield the GPU worker still gets the opened
-weights into its memory; tee-only keeps them inside entirely. Who has the key file has the model.
+bound; the configuration is, as it was read for use. The seal protects the disk and no more: with kv-shield the GPU
+worker still gets the opened weights into its memory; tee-only keeps them inside entirely. Who has the key file has
+the model.
 """
 
 import argparse
@@ -209,7 +210,7 @@ def run(arguments: list[str]) -> int:
         return 2
     print(f"sealed {model} into {out}; without {key_file} nobody can open it. Serve it with")
     serve = ["--model", str(out), "--model-key-file", str(key_file), "--scheme", "kv-shield"]
-    print(f"  cleave-trusted-worker {shlex.join(serve)}")
+    print(f"  cleave up {shlex.join(serve)}")
     return 0
 
 

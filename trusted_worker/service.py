@@ -183,6 +183,8 @@ class Service:
         """The model's weights, opened here if they are sealed. Raises CheckpointError, PreconditionError."""
         settings = self._settings
         if settings.model_key_file is not None:
+            if not is_sealed(settings.model):
+                raise CheckpointError(f"{settings.model} is not sealed: leave --model-key-file out")
             return open_sealed(settings.model, read_key(settings.model_key_file), self.config)
         if is_sealed(settings.model):
             raise CheckpointError(f"{settings.model} is sealed: say where its key is with --model-key-file FILE")

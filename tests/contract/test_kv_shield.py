@@ -129,7 +129,7 @@ def test_no_row_of_k_or_v_is_unpermuted_in_the_cache_or_on_its_way_there(folder:
     assert bool(sent) == (rig.config.rope is not None)
     if sent:
         assert _same_numbers_in_another_order(np.concatenate(sent), keys, dim)
-    # What section 1 of the threat model concedes: the restored attention vector goes back, and that of a sequence's
+    # What the threat model concedes: the restored attention vector goes back, and that of a sequence's
     # first token is its row of V.
     restored = np.stack([request[0] for request in _requests(rig, "finish_block")[: rig.config.layers]])
     assert _closest(restored, values[:, :, 0], dim).max() < 1e-4

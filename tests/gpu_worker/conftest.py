@@ -1,4 +1,4 @@
-"""Tiny random model folders in Hugging Face layout, and a worker served in-process on a Unix socket."""
+"""Every model folder there is, a worker in this thread, and one served in-process on a Unix socket."""
 
 import asyncio
 import inspect
@@ -14,7 +14,7 @@ import torch
 
 from gpu_worker.server import Compute, Servicer, make_server
 from gpu_worker.worker import Worker
-from tests.gpu_worker import families
+from tests.model_folders import ASIDE, MODELS
 from wire.channel import client_options
 from wire.v1 import gpu_worker_pb2_grpc
 
@@ -43,12 +43,9 @@ def one_thread_here() -> None:
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders by name, of every family: with and without biases, tied and untied, float32 and bfloat16."""
-    root = tmp_path_factory.mktemp("models")
-    for name in families.MAKERS:
-        families.save(name, root / name)
-    return {name: root / name for name in families.MAKERS}
+def model_folders(model_folder: Callable[[str], Path]) -> dict[str, Path]:
+    """Folders by name, of every family: with and without biases, tied and untied, of each type."""
+    return {name: model_folder(name) for name in (*MODELS, *ASIDE)}
 
 
 @pytest.fixture

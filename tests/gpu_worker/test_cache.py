@@ -11,6 +11,7 @@ from gpu_worker.allowance import Allowance
 from gpu_worker.cache import CacheStore, reserved_bytes
 from gpu_worker.kv_array import KvArray, quantize
 from gpu_worker.worker import Worker
+from tests.gpu_worker.calling import MODEL
 from tests.gpu_worker.peer import Peer
 from wire.errors import ContextError, ExhaustedError, InvalidArgumentError
 from wire.kv_pages import PAGE_TOKENS, KvType, page_words, token_bytes
@@ -23,7 +24,7 @@ PROMPT = [3, 141, 59, 26, 5, 200, 260, 0, 17, 17, 99] * 7  # more than a page
 
 @pytest.fixture
 def config(model_folders: dict[str, Path]) -> ModelConfig:
-    return ModelConfig.from_hf(model_folders["llama-untied"])
+    return ModelConfig.from_hf(model_folders[MODEL])
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def _logits(peer: Peer, sequence: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "bound"), [(KvType.FLOAT16, 0.005), (KvType.INT8, 0.08)])
-@pytest.mark.parametrize("name", ["llama-untied", "mistral", "gpt2-tied"])
+@pytest.mark.parametrize("name", [MODEL, "mistral", "gpt2"])
 def test_each_type_is_near_float32(worker: Worker, name: str, kind: KvType, bound: float) -> None:
     peer = Peer(worker, name)
     peer.reserve(1)
@@ -121,7 +122,7 @@ def _pages(peer: Peer, sequence: int) -> dict[tuple[int, int], np.ndarray]:
 
 @pytest.mark.parametrize("kind", list(KvType))
 def test_pages_go_out_and_come_back(worker: Worker, kind: KvType) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1, 2, kind=kind)
     expected = _logits(peer, 1)
     peer.forward({2: PROMPT}, [])
@@ -150,7 +151,7 @@ def test_any_words_are_kept(worker: Worker, kind: KvType) -> None:
 
 
 def test_pages_that_there_are_not(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1, tokens=64)
     peer.reserve(2, tokens=65, kind=KvType.INT8)
     words = peer.cache(1, read=pb.ReadPage())
@@ -170,7 +171,7 @@ def test_pages_that_there_are_not(worker: Worker) -> None:
 
 
 def test_reservations_that_make_no_sense(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     reserves = (pb.Reserve(type=pb.KV_TYPE_INT8), pb.Reserve(tokens=4), pb.Reserve(tokens=4, type=9))  # type: ignore[arg-type]
     for reserve in reserves:
         with pytest.raises(InvalidArgumentError, match="known type"):

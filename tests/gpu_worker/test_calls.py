@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpu_worker.calls import Call, CallReader
+from tests.gpu_worker.calling import HIDDEN, MODEL, QK_WIDTH
 from tests.gpu_worker.peer import attend, embed, finish, head, project
 from wire.codec import MAX_ROWS, Array, header_of
 from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
@@ -21,11 +22,11 @@ LM_HEAD = pb.Operation(ring_matmul=pb.RingMatmul(linear=pb.LINEAR_LM_HEAD))
 @pytest.fixture
 def model(model_folders: dict[str, Path]) -> Any:
     """As much of a model as the reader looks at."""
-    return SimpleNamespace(config=ModelConfig.from_hf(model_folders["llama-untied"]))
+    return SimpleNamespace(config=ModelConfig.from_hf(model_folders[MODEL]))
 
 
 def _frame(rows: int, data: bytes) -> pb.ExecuteRequest:
-    return pb.ExecuteRequest(id=1, operation=LM_HEAD, header=header_of(np.zeros((rows, 48), np.int32)), data=data)
+    return pb.ExecuteRequest(id=1, operation=LM_HEAD, header=header_of(np.zeros((rows, HIDDEN), np.int32)), data=data)
 
 
 def test_an_answer_that_no_tensor_holds_is_refused(model: Any) -> None:
@@ -45,19 +46,19 @@ def test_a_stream_that_ends_within_a_call_is_malformed(model: Any) -> None:
     assert reader.add(_frame(1, bytes(100)), model) is None
     with pytest.raises(InvalidArgumentError, match="within a call"):
         reader.finish()
-    assert reader.add(pb.ExecuteRequest(id=1, data=bytes(92)), model) is not None
+    assert reader.add(pb.ExecuteRequest(id=1, data=bytes(4 * HIDDEN - 100)), model) is not None
     reader.finish()
 
 
 def test_without_a_model_there_are_no_calls() -> None:
     with pytest.raises(PreconditionError, match="Load"):
-        CallReader(ring_only=True).add(_frame(1, bytes(192)), None)
+        CallReader(ring_only=True).add(_frame(1, bytes(4 * HIDDEN)), None)
 
 
 def test_a_call_keeps_the_model_that_it_was_checked_against(model: Any) -> None:
     reader, another = CallReader(ring_only=True), SimpleNamespace(config=replace(model.config, hidden=8))
     reader.add(_frame(1, bytes(100)), model)
-    call = reader.add(pb.ExecuteRequest(id=1, data=bytes(92)), another)  # type: ignore[arg-type]
+    call = reader.add(pb.ExecuteRequest(id=1, data=bytes(4 * HIDDEN - 100)), another)  # type: ignore[arg-type]
     assert call is not None
     assert call.model is model
 
@@ -69,7 +70,7 @@ def _chain(model: Any, steps: list[pb.Step], array: Array) -> Call | None:
     return CallReader(ring_only=False).add(frame, model)
 
 
-IDS, A, QK = np.zeros(2, np.int32), np.zeros((2, 48), np.float32), np.zeros((2, 64), np.float32)
+IDS, A, QK = np.zeros(2, np.int32), np.zeros((2, HIDDEN), np.float32), np.zeros((2, QK_WIDTH), np.float32)
 EMBED = embed({1: [0], 7: [0]})
 TWICE = pb.Step(embed=pb.Embed(sequences=[*EMBED.embed.sequences] * 2))
 CHAINS: dict[str, tuple[list[pb.Step], Array]] = {
@@ -124,16 +125,16 @@ def test_chains_that_make_sense(model: Any) -> None:
 
 def test_logits_that_no_tensor_holds_are_refused(model: Any) -> None:
     model.config = replace(model.config, vocabulary=1 << 20)
-    assert _chain(model, [finish(2), head(range(64))], np.zeros((256, 48), np.float32)) is not None
+    assert _chain(model, [finish(2), head(range(64))], np.zeros((256, HIDDEN), np.float32)) is not None
     with pytest.raises(InvalidArgumentError, match="fewer rows"):
-        _chain(model, [finish(2), head(range(65))], np.zeros((256, 48), np.float32))
+        _chain(model, [finish(2), head(range(65))], np.zeros((256, HIDDEN), np.float32))
 
 
 def test_a_provisioned_parameter_bounds_its_rows_and_nothing_else_does(model: Any) -> None:
     model.config = replace(model.config, vocabulary=2000)
     provision = pb.Provision(kind=pb.PARAMETER_KIND_EMBEDDING, first_row=500)
     for rows, fits in ((1500, True), (1501, False)):
-        array = np.zeros((rows, 48), np.float32)
+        array = np.zeros((rows, HIDDEN), np.float32)
         frame = pb.ExecuteRequest(id=1, operation=pb.Operation(provision=provision), header=header_of(array))
         frame.data = array.tobytes()
         if fits:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from gpu_worker.worker import Worker
+from tests.gpu_worker.calling import HEAD_DIM, HIDDEN, MODEL, QK_WIDTH, TIED, VOCABULARY
 from tests.gpu_worker.peer import F32, Peer, Rows, attend, embed, finish, flat, head, project
 from wire.errors import ContextError, InvalidArgumentError
 from wire.kv_pages import KvType
@@ -75,7 +77,7 @@ def close(got: F32, expected: F32, bound: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("cut", [inside, outside, everything, four_steps])
-@pytest.mark.parametrize("name", ["qwen3", "gpt2-tied", "chatglm", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "chatglm3", "mistral"])
 def test_any_cut_equals_forward_in_mixed_batches(worker: Worker, name: str, cut: Callable[[Peer, Rows], F32]) -> None:
     peer = Peer(worker, name)
     peer.reserve(1, 2, 3)
@@ -91,21 +93,21 @@ def test_any_cut_equals_forward_in_mixed_batches(worker: Worker, name: str, cut:
 @pytest.mark.parametrize("precision", [pb.PRECISION_FLOAT32, pb.PRECISION_INT8])
 @pytest.mark.parametrize("kind", list(KvType))
 def test_a_chain_equals_forward_in_each_precision(worker: Worker, precision: int, kind: KvType) -> None:
-    peer = Peer(worker, "qwen-tied", precision)
+    peer = Peer(worker, TIED, precision)
     peer.reserve(1, 2, kind=kind)
     close(inside(peer, {1: PROMPT}), peer.forward({2: PROMPT}))
     close(inside(peer, {1: [8]}), peer.forward({2: [8]}))
 
 
 def test_logits_of_some_rows_and_of_none(worker: Worker) -> None:
-    peer, rows = Peer(worker, "llama-untied"), {1: PROMPT}
+    peer, rows = Peer(worker, MODEL), {1: PROMPT}
     peer.reserve(1, 2)
     whole = peer.forward({2: PROMPT})
     a = peer.chain([embed(rows), project(0), attend(0)], flat(rows))
     a = peer.chain([finish(0), project(1), attend(1)], a)
     a = peer.chain([finish(1), project(2), attend(2)], a)
     none = peer.chain([finish(2), head([])], a)
-    assert none.shape == (0, 261)
+    assert none.shape == (0, VOCABULARY)
     peer.cache(2, drop=pb.Drop())
     peer.reserve(2)
     peer.forward({2: PROMPT}, [])
@@ -129,16 +131,16 @@ OUT_OF_ORDER: dict[str, Sequence[pb.Step]] = {
 
 @pytest.mark.parametrize("steps", OUT_OF_ORDER.values(), ids=OUT_OF_ORDER)
 def test_a_chain_goes_on_where_the_pass_is(worker: Worker, steps: Sequence[pb.Step]) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1)
     begun(peer, {1: PROMPT})
-    width = 64 if steps[0].HasField("attend") else 48
+    width = QK_WIDTH if steps[0].HasField("attend") else HIDDEN
     with pytest.raises(InvalidArgumentError, match="go on where"):
         peer.chain(steps, np.zeros((len(PROMPT), width), np.float32))
 
 
 def test_a_pass_has_as_many_rows_as_it_began_with(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1)
     a = begun(peer, {1: PROMPT})
     with pytest.raises(InvalidArgumentError, match="11 rows"):
@@ -146,14 +148,18 @@ def test_a_pass_has_as_many_rows_as_it_began_with(worker: Worker) -> None:
 
 
 def test_there_is_no_pass_before_embed_nor_after_head(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1)
-    a = np.zeros((1, 48), np.float32)
+    a = np.zeros((1, HIDDEN), np.float32)
     with pytest.raises(InvalidArgumentError, match="begins with Embed"):
         peer.chain([finish(0), project(1)], a)
     inside(peer, {1: [5]})
     with pytest.raises(InvalidArgumentError, match="begins with Embed"):
         peer.chain([finish(2), head([0])], a)
+
+
+def _every_dim_in_place() -> npt.NDArray[np.int32]:
+    return np.tile(np.arange(HEAD_DIM, dtype=np.int32), (LAYERS, 2, 2, 1))
 
 
 GIVING_UP: dict[str, Callable[[Peer], object]] = {
@@ -163,13 +169,13 @@ GIVING_UP: dict[str, Callable[[Peer], object]] = {
     "ReadPage": lambda peer: peer.cache(1, read=pb.ReadPage()),
     "WritePage": lambda peer: peer.cache(1, peer.cache(2, read=pb.ReadPage()), write=pb.WritePage()),
     "Wipe": lambda peer: peer.cache(1, wipe=pb.Wipe()),
-    "Permute": lambda peer: peer.cache(1, np.tile(np.arange(8, dtype=np.int32), (3, 2, 2, 1)), permute=pb.Permute()),
+    "Permute": lambda peer: peer.cache(1, _every_dim_in_place(), permute=pb.Permute()),
 }
 
 
 @pytest.mark.parametrize("act", GIVING_UP.values(), ids=GIVING_UP)
 def test_what_gives_up_a_pass(worker: Worker, act: Callable[[Peer], object]) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1, 2)
     a = begun(peer, {1: PROMPT})
     act(peer)
@@ -178,7 +184,7 @@ def test_what_gives_up_a_pass(worker: Worker, act: Callable[[Peer], object]) -> 
 
 
 def test_a_pass_that_was_given_up_leaves_no_tokens(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1, 2, tokens=len(PROMPT))
     begun(peer, {1: [200, 100, 7]})
     close(inside(peer, {1: PROMPT}), peer.forward({2: PROMPT}))
@@ -187,7 +193,7 @@ def test_a_pass_that_was_given_up_leaves_no_tokens(worker: Worker) -> None:
 
 
 def test_other_sequences_do_not_disturb_a_pass(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1, 2)
     expected = inside(peer, {2: PROMPT})
     a = begun(peer, {1: PROMPT})
@@ -200,9 +206,9 @@ def test_other_sequences_do_not_disturb_a_pass(worker: Worker) -> None:
 
 
 def test_a_pass_ends_with_its_model(worker: Worker) -> None:
-    peer = Peer(worker, "llama-untied")
+    peer = Peer(worker, MODEL)
     peer.reserve(1)
     a = begun(peer, {1: PROMPT})
-    worker.load("qwen-tied", pb.PRECISION_FLOAT32)
+    worker.load(TIED, pb.PRECISION_FLOAT32)
     with pytest.raises(InvalidArgumentError, match="begins with Embed"):
         peer.chain([finish(0), project(1)], a)

@@ -13,7 +13,8 @@ from gpu_worker.chain import forward
 from gpu_worker.decoder import Decoder
 from gpu_worker.model import Model
 from gpu_worker.weights import Float32Weights, Int8Weights
-from tests.gpu_worker import families
+from tests.gpu_worker.calling import HIDDEN, MODEL, TIED
+from tests.model_folders import ASIDE, MODELS, greedy_reference, transformers_logits
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError
 from wire.kv_pages import KvType
@@ -61,22 +62,20 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, bound: float = 1e-4
     assert float((got - expected).abs().max() / expected.abs().max()) < bound
 
 
-@pytest.mark.parametrize("name", families.MAKERS)
+@pytest.mark.parametrize("name", [*MODELS, *ASIDE])
 def test_float32_equals_transformers(model_folders: dict[str, Path], name: str) -> None:
-    reference, run = families.reference(model_folders[name]), Run(_decoder(model_folders[name]))
-    with torch.inference_mode():
-        _assert_close(run.step({0: PROMPT}), reference(torch.tensor([PROMPT])).logits[0])
-    greedy = reference.generate(torch.tensor([PROMPT]), max_new_tokens=64, do_sample=False, eos_token_id=-1)
-    run, ids = Run(_decoder(model_folders[name])), list(PROMPT)
+    folder, count = model_folders[name], 64
+    run, ids = Run(_decoder(folder)), list(PROMPT)
     logits = run.step({0: ids})
-    for _ in range(64):
+    _assert_close(logits, torch.from_numpy(transformers_logits(folder, PROMPT)))
+    for _ in range(count):
         ids.append(int(logits[-1].argmax()))
         logits = run.step({0: ids[-1:]})
-    assert ids == greedy[0].tolist()
+    assert ids[len(PROMPT) :] == greedy_reference(folder, PROMPT, count)
 
 
 @pytest.mark.parametrize("precision", [pb.PRECISION_FLOAT32, pb.PRECISION_INT8])
-@pytest.mark.parametrize("name", ["qwen-untied-bf16", "mistral", "gpt2-tied", "chatglm"])
+@pytest.mark.parametrize("name", ["llama-bf16-tied-sharded", "mistral", "gpt2", "chatglm3"])
 def test_any_chunking_and_any_batch_agree(model_folders: dict[str, Path], precision: int, name: str) -> None:
     decoder = _decoder(model_folders[name], precision)
     whole = Run(decoder).step({0: PROMPT})
@@ -92,7 +91,7 @@ def test_any_chunking_and_any_batch_agree(model_folders: dict[str, Path], precis
 
 
 def test_a_failed_step_leaves_the_sequence_as_it_was(model_folders: dict[str, Path]) -> None:
-    decoder = _decoder(model_folders["llama-untied"])
+    decoder = _decoder(model_folders[MODEL])
     run = Run(decoder)
     run.step({0: PROMPT[:5]})
     with pytest.raises(IndexError):
@@ -100,7 +99,7 @@ def test_a_failed_step_leaves_the_sequence_as_it_was(model_folders: dict[str, Pa
     _assert_close(run.step({0: PROMPT[5:]}), Run(decoder).step({0: PROMPT})[5:])
 
 
-@pytest.mark.parametrize("name", ["qwen-tied", "llama-biased-bf16", "qwen3", "gpt2-untied", "chatglm"])
+@pytest.mark.parametrize("name", [TIED, "llama", "qwen3", "gpt2-untied", "chatglm3"])
 def test_int8_is_near_float32(model_folders: dict[str, Path], name: str) -> None:
     exact = Run(_decoder(model_folders[name])).step({0: PROMPT})
     near = Run(_decoder(model_folders[name], pb.PRECISION_INT8)).step({0: PROMPT})
@@ -108,7 +107,7 @@ def test_int8_is_near_float32(model_folders: dict[str, Path], name: str) -> None
 
 
 @pytest.mark.parametrize("linear", list(Linear))
-@pytest.mark.parametrize("name", ["llama-biased-bf16", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_matmul_in_both_precisions(model_folders: dict[str, Path], linear: Linear, name: str) -> None:
     folder = model_folders[name]
     exact, weight = _decoder(folder), _weight(folder, 0, linear)
@@ -120,7 +119,7 @@ def test_matmul_in_both_precisions(model_folders: dict[str, Path], linear: Linea
 
 
 def test_a_precision_holds_no_copy_of_the_other(model_folders: dict[str, Path]) -> None:
-    folder = model_folders["gpt2-tied"]
+    folder = model_folders["gpt2"]
     assert Model(folder, pb.PRECISION_FLOAT32, "cpu", ring_only=False).ring is None
     model = Model(folder, pb.PRECISION_INT8, "cpu", ring_only=False)
     assert model.decoder is not None
@@ -134,17 +133,17 @@ def test_a_precision_holds_no_copy_of_the_other(model_folders: dict[str, Path]) 
 
 
 def test_ring_products_use_the_shared_quantisation(model_folders: dict[str, Path]) -> None:
-    model = Model(model_folders["llama-untied"], pb.PRECISION_INT8, "cpu", ring_only=True)
+    model = Model(model_folders[MODEL], pb.PRECISION_INT8, "cpu", ring_only=True)
     assert model.ring is not None
-    quantised, _ = quantize_rows(_weight(model_folders["llama-untied"], 2, Linear.GATE_UP))
-    z = np.random.default_rng(1).integers(-(1 << 31), 1 << 31, (5, 48)).astype(np.int32)
+    quantised, _ = quantize_rows(_weight(model_folders[MODEL], 2, Linear.GATE_UP))
+    z = np.random.default_rng(1).integers(-(1 << 31), 1 << 31, (5, HIDDEN)).astype(np.int32)
     expected = (z.astype(np.int64) @ quantised.astype(np.int64).T).astype(np.int32)
     np.testing.assert_array_equal(model.ring.product(2, Linear.GATE_UP, z), expected)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((model_folders["llama-untied"] / name).read_bytes())
+        (tmp_path / name).write_bytes((model_folders[MODEL] / name).read_bytes())
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
     with pytest.raises(CheckpointError, match="missing"):

@@ -89,18 +89,34 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         cuda.ring_matmul(torch.zeros((1, 9), dtype=torch.int32), torch.zeros((3, 8), dtype=torch.int8))
 
 
-def test_self_check_passes_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The self check with 5 rows at most: many take seconds on a CPU. Gives the shapes that it asks for."""
+    asked: list[tuple[int, int, int]] = []
+
+    def check(m: int, k: int, n: int, device: str) -> bool:
+        asked.append((m, k, n))
+        return right(min(m, 5), k, n, device)
+
+    right = cuda.check_shape
     monkeypatch.setattr("sys.argv", ["check"])
+    monkeypatch.setattr(cuda, "check_shape", check)
+    return asked
+
+
+def test_self_check_passes_here(few_rows: list[tuple[int, int, int]], capsys: pytest.CaptureFixture[str]) -> None:
     assert cuda.main() == 0
     assert "bit for bit" in capsys.readouterr().out
+    assert max(few_rows)[0] >= 256
 
 
-def test_self_check_notices_a_wrong_bit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_notices_a_wrong_bit(
+    few_rows: list[tuple[int, int, int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = cuda.combine
-    monkeypatch.setattr("sys.argv", ["check"])
     monkeypatch.setattr(cuda, "combine", lambda parts: right(parts) ^ 1)
     assert cuda.main() == 1
-    assert "MISMATCH" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("MISMATCH") == len(few_rows)
 
 
 def test_without_a_place_for_compiled_code_nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:

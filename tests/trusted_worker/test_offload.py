@@ -13,7 +13,14 @@ import pytest
 
 from trusted_worker.offload import GpuWorker
 from wire import channel, codec
-from wire.errors import CleaveError, DeadlineError, UnavailableError, VerificationError
+from wire.errors import (
+    CleaveError,
+    ContextError,
+    DeadlineError,
+    ExhaustedError,
+    UnavailableError,
+    VerificationError,
+)
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc, tensor_pb2
 
@@ -98,6 +105,13 @@ class Server(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         while not assembler.done:
             assembler.add(next(rest).data)
         return assembler.array()
+
+
+REFUSALS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExhaustedError,
+    grpc.StatusCode.OUT_OF_RANGE: ContextError,
+    grpc.StatusCode.INVALID_ARGUMENT: UnavailableError,
+}
 
 
 @pytest.fixture
@@ -375,3 +389,15 @@ def test_a_tensor_that_cannot_travel_leaves_the_connection_usable(worker: GpuWor
     with pytest.raises(CleaveError):
         worker.call(RING, X.astype(np.float64), (3, 4))  # type: ignore[arg-type]
     assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_a_refused_call_leaves_the_stream_as_it_is(server: Server, worker: GpuWorker, code: grpc.StatusCode) -> None:
+    worker.call(CACHE, None, None)
+    stream = worker.stream
+    server.behaviour = lambda number, array: [pb.ExecuteResponse(id=number, refused=code.value[0])]
+    with pytest.raises(REFUSALS[code]):
+        worker.call(CACHE, None, None)
+    server.behaviour = doubled
+    worker.call(CACHE, None, None)
+    assert (worker.stream, server.streams) == (stream, 1)

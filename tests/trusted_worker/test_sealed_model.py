@@ -631,7 +631,7 @@ def test_the_command_makes_a_key_and_says_how_to_serve(
         said, err = capsys.readouterr()
         assert err == ""
         assert ("made a new key" in said) == (out.name == "one")  # the second time it is used again
-        serve = f"cleave-trusted-worker --model {out} --model-key-file '{key_file}' --scheme kv-shield"
+        serve = f"cleave up --model {out} --model-key-file '{key_file}' --scheme kv-shield"
         assert said.splitlines()[-1].strip() == serve
         assert read_key(key_file).hex() not in said
         assert open_sealed(out, read_key(key_file)).digest() == Checkpoint(folder).digest()

@@ -8,6 +8,7 @@ What the GPU worker sees: everything but the order of the dims inside the heads 
 stream, attention vectors after their restoration, logits. What it learns: the conversation. From the crossing it also
 learns the permutation in a few tokens (it sees q and k before and after their rotation), and against public weights
 the permuted rows of W give it away at once. Results are not verified.
+In the first layer of a RoPE model V depends on the token alone, so equal tokens have equal rows in the cache.
 What it protects: a KV cache that somebody reads who does not know the model and saw nothing else. `--seal-idle` is the
 one option that protects more: what is parked was sealed here. `--rotate-every` separates two snapshots of the cache
 for a reader who saw neither the composition nor the worker.

@@ -656,8 +656,11 @@ class ExecuteResponse(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     HEADER_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
     id: builtins.int
     data: builtins.bytes
+    refused: builtins.int
+    """a gRPC status code: the call changed nothing, and the stream goes on"""
     @property
     def header(self) -> wire.v1.tensor_pb2.TensorHeader: ...
     def __init__(
@@ -666,8 +669,9 @@ class ExecuteResponse(google.protobuf.message.Message):
         id: builtins.int = ...,
         header: wire.v1.tensor_pb2.TensorHeader | None = ...,
         data: builtins.bytes = ...,
+        refused: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header", "id", b"id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header", "id", b"id", "refused", b"refused"]) -> None: ...
 
 global___ExecuteResponse = ExecuteResponse
