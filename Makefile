@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/wire/v1/*.proto)
 PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --mypy_out=quiet:
 
-.PHONY: install chat test soak lint proto check-proto check-gpu clean
+.PHONY: install chat test soak lint lint-deploy proto check-proto check-gpu clean
 
 install: $(VENV)/installed
 
@@ -32,11 +32,21 @@ test: install
 soak: install
 	$(BIN)/pytest -m soak $(ARGS)
 
-lint: install
+lint: install lint-deploy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lint-deploy: install
+	$(BIN)/hadolint deploy/compose/*.Containerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
+	$(BIN)/yamllint --strict -c deploy/compose/yamllint.yaml deploy/compose
+	@if [ -x $(BIN)/shellcheck ]; then $(BIN)/shellcheck deploy/tls/*.sh .ci/run; else echo "no shellcheck here"; fi
+	@rm -rf build/systemd && mkdir -p build/systemd  # systemd looks for the commands that units name
+	@for unit in deploy/systemd/*.service; do sed 's,/opt/cleave/bin,$(CURDIR)/$(BIN),' $$unit >build/systemd/$${unit##*/}; done
+	@if command -v systemd-analyze >/dev/null; then systemd-analyze verify --man=no build/systemd/*.service; \
+	else echo "no systemd-analyze here: the units are not checked"; fi
 
 proto: install
 	$(PROTOC). --mypy_grpc_out=quiet:. --python_out=. --grpc_python_out=. $(PROTOS)

@@ -88,6 +88,9 @@ class Counters:
     rss: int
     sessions: int
     tokens: int
+    step_seconds: float
+    exchange_seconds: float
+    worker_seconds: float
 
     @classmethod
     def of(cls, message: pb.StatsResponse) -> Self:
@@ -200,6 +203,8 @@ def _attest(channel: grpc.Channel, target: str, policy: Policy, seconds: float) 
 
 
 def _check_echo(request: Request, opened: pb.OpenResponse) -> None:
+    if not opened.vocabulary or not opened.max_frame_tokens:
+        raise DeniedError("the trusted worker opened a session without a vocabulary, or one that takes no tokens")
     asked = (request.model, request.scheme, PRECISIONS[request.precision])
     if (opened.model, opened.scheme, opened.precision) != asked:
         raise DeniedError("the trusted worker opened another model, scheme or precision than was asked for")

@@ -3,7 +3,7 @@
 Importing this file imports no torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,9 +36,9 @@ class Expected:
 
     def check(self, header: tensor_pb2.TensorHeader) -> None:
         """Raises InvalidArgumentError for any other tensor."""
-        shape = tuple(header.shape)
-        if header.dtype != self.dtype or len(shape) != len(self.shape):
+        if header.dtype != self.dtype or len(header.shape) != len(self.shape):
             raise InvalidArgumentError("the operation takes a tensor of another dtype or rank")
+        shape = tuple(header.shape)
         if not 1 <= shape[0] <= self.most_rows:
             raise InvalidArgumentError(f"the tensor of this operation has 1 to {self.most_rows} rows")
         if any(wanted not in (None, extent) for wanted, extent in zip(self.shape, shape, strict=True)):
@@ -136,7 +136,9 @@ def _cache(op: pb.Cache, config: ModelConfig) -> Expected | None:
     return None
 
 
-def _rows(sequences: Iterable[pb.SequenceRows]) -> int:
+def _rows(sequences: Sequence[pb.SequenceRows]) -> int:
+    if len(sequences) > MAX_ROWS:  # before they become objects
+        raise InvalidArgumentError(f"a call has at most {MAX_ROWS} sequences")
     named = list(sequences)
     if len({s.sequence for s in named}) != len(named) or not all(s.rows for s in named):
         raise InvalidArgumentError("each sequence must be named once, with at least one row")

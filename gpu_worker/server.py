@@ -1,69 +1,57 @@
 """The gRPC face of the worker: thin methods over the compute thread, and errors turned into status codes.
 
 One asyncio thread talks, one compute thread calculates. A stream reads its next frame only after the last call's
-answer is handed to gRPC, so what a stream holds is one call and one answer beyond gRPC's own windows.
+answer is handed to gRPC, so what a stream holds is one call and one answer beyond gRPC's own windows, and until their
+deadlines only: a peer that stops within a call, or takes no answers, loses what it reserved.
 """
 
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import AsyncIterator, Awaitable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
 
 from gpu_worker.calls import Call, CallReader
+from gpu_worker.compute import Compute, Outcome, carry_out
+from gpu_worker.traffic import MAX_STREAMS, Traffic
 from wire.channel import server_options
 from wire.codec import MAX_ROWS, header_of, split
-from wire.errors import CleaveError
+from wire.errors import CleaveError, DeadlineError
+from wire.messages import Parser
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
 
 if TYPE_CHECKING:
     from gpu_worker.stream import Stream
-    from gpu_worker.worker import Result, Worker
+    from gpu_worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-MAX_STREAMS = 64  # calls in flight, of all peers together
+REQUEST_SECONDS = 60.0
+MAX_RPCS = 2 * MAX_STREAMS  # there is room for health checks when no stream is left
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Compute:
-    """The one thread that calculates. The worker is made in it, so that heavy imports do not delay listening."""
-
-    def __init__(self, make_worker: "Callable[[], Worker]") -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._worker = self._thread.submit(make_worker)
-
-    async def worker(self) -> "Worker":
-        """The worker, once it exists. Raises what making it raised."""
-        return await asyncio.shield(asyncio.wrap_future(self._worker))
-
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result, from the compute thread."""
-        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
-
-    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """Queue the function without waiting for it."""
-        return self._thread.submit(function, *args, **kwargs)
-
-    def stop(self) -> None:
-        """Take no more work. What runs already is not waited for."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     """GpuWorkerService over a Compute."""
 
-    def __init__(self, compute: Compute, models: list[str], ring_only: bool) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        models: list[str],
+        ring_only: bool,
+        traffic: Traffic | None = None,
+        request_seconds: float = REQUEST_SECONDS,
+    ) -> None:
         self._compute = compute
         self._models = models
         self._ring_only = ring_only
+        self._traffic = traffic or Traffic()
+        self._request_seconds = request_seconds
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         """What this worker is."""
@@ -76,8 +64,9 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     async def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
         """Make a model ready."""
         try:
-            worker = await self._compute.worker()
-            await self._compute.run(worker.load, request.model, request.precision)
+            with self._traffic.stream(), self._traffic.call():
+                worker = await self._compute.worker()
+                await self._compute.run(worker.load, request.model, request.precision)
         except Exception as error:
             await _abort(context, error)
         return pb.LoadResponse()
@@ -85,49 +74,91 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     async def Execute(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ExecuteRequest], context: Any
     ) -> None:
-        """Answer calls in order until the peer ends the stream; then drop what it reserved and provisioned."""
+        """Answer calls in order until the peer ends the stream; then drop what it reserved and provisioned.
+
+        A peer that takes no answers does not take the status either: its stream is counted until its connection ends.
+        """
         try:
-            worker = await self._compute.worker()
-            reader, stream = CallReader(self._ring_only), worker.open_stream()
-            try:
-                async for frame in request_iterator:
-                    call = reader.add(frame, worker.model)
-                    if call is not None:
-                        await self._carry_out(worker, call, stream, context)
-                reader.finish()
-            finally:
-                self._compute.submit(stream.close)
+            with self._traffic.stream():
+                try:
+                    await self._converse(aiter(request_iterator), context)
+                except Exception as error:
+                    self._traffic.refused += 1
+                    await _abort(context, error)
+        except CleaveError as error:
+            self._traffic.refused += 1
+            await _abort(context, error)
         except asyncio.CancelledError:
             return  # the peer left, or the server stops: there is nobody to tell
-        except Exception as error:
-            await _abort(context, error)
 
-    async def _carry_out(self, worker: "Worker", call: Call, stream: "Stream", context: Any) -> None:
-        """Answer one call, or refuse it: what a well-formed call cannot have ends that call, not its stream."""
+    async def _converse(self, frames: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
+        worker = await self._compute.worker()
+        stream = worker.open_stream()
         try:
-            result = await self._compute.run(worker.execute, call, stream)
-        except CleaveError as error:
-            log.warning("a call was refused: %s", type(error).__name__)
-            await context.write(pb.ExecuteResponse(id=call.id, refused=error.code.value[0]))
-        else:
-            await _answer(context, call, result)
+            await self._answer_calls(worker, stream, frames, context)
+        finally:
+            self._compute.submit(stream.close)
+
+    async def _answer_calls(
+        self, worker: "Worker", stream: "Stream", frames: AsyncIterator[pb.ExecuteRequest], context: Any
+    ) -> None:
+        """Between calls a stream may be idle for as long as it likes."""
+        reader = CallReader(self._ring_only)
+        async for first in frames:
+            with self._traffic.call():
+                call = await self._within(self._read(reader, first, frames, worker))
+                if call is None:
+                    break
+                outcome = await self._compute.run(carry_out, worker, call, stream)
+                self._traffic.compute.observe(outcome.seconds)
+                await self._within(self._answer(call.id, outcome, context))
+        reader.finish()
+
+    async def _within(self, part: Awaitable[T]) -> T:
+        """Raises DeadlineError for a peer that lets us wait."""
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                return await part
+        except TimeoutError:
+            raise DeadlineError("the peer stopped within a call") from None
+
+    async def _read(
+        self, reader: CallReader, frame: pb.ExecuteRequest, frames: AsyncIterator[pb.ExecuteRequest], worker: "Worker"
+    ) -> Call | None:
+        """The call that begins with this frame; None when the frames end before it does."""
+        self._traffic.received += len(frame.data)
+        call = reader.add(frame, worker.model)
+        while call is None:
+            following = await anext(frames, None)
+            if following is None:
+                return None
+            self._traffic.received += len(following.data)
+            call = reader.add(following, worker.model)
+        return call
+
+    async def _answer(self, number: int, outcome: Outcome, context: Any) -> None:
+        """Send what became of a call, frame by frame; only the first frame carries more than data."""
+        first = pb.ExecuteResponse(id=number, compute_us=outcome.microseconds)
+        if outcome.refused is not None:
+            self._traffic.refused += 1
+            first.refused = outcome.refused.code.value[0]
+            log.warning("a call was refused: %s", type(outcome.refused).__name__)
+        if outcome.result is None:
+            await context.write(first)
+            return
+        first.header.CopyFrom(header_of(outcome.result))
+        for position, data in enumerate(split(outcome.result)):
+            response = pb.ExecuteResponse(id=number) if position else first
+            response.data = data
+            await context.write(response)
+            self._traffic.sent += len(data)
 
 
 def make_server(servicer: Servicer) -> grpc.aio.Server:
     """A server for the servicer, which does not listen yet."""
-    server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=MAX_STREAMS)
+    server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=MAX_RPCS, interceptors=[Parser()])
     gpu_worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(servicer, server)
     return server
-
-
-async def _answer(context: Any, call: Call, result: "Result") -> None:
-    """Send a result frame by frame; only the first frame carries the header."""
-    if result is None:
-        await context.write(pb.ExecuteResponse(id=call.id))
-        return
-    for number, data in enumerate(split(result)):
-        header = header_of(result) if number == 0 else None
-        await context.write(pb.ExecuteResponse(id=call.id, header=header, data=data))
 
 
 async def _abort(context: Any, error: Exception) -> NoReturn:
@@ -135,6 +166,6 @@ async def _abort(context: Any, error: Exception) -> NoReturn:
     if isinstance(error, CleaveError):
         await context.abort(error.code, str(error))
     where = "".join(traceback.format_tb(error.__traceback__))
-    log.error("%s at\n%s", type(error).__name__, where)
+    log.error("internal error: %s at %s", type(error).__name__, where)
     await context.abort(grpc.StatusCode.INTERNAL, "the worker failed; its log says where")
     raise error

@@ -30,7 +30,7 @@ Result = npt.NDArray[np.float32] | npt.NDArray[np.int32] | None
 
 
 class Worker:
-    """Loads models and carries out calls. Everything but reading `model` and `device` is for the compute thread."""
+    """Loads models and carries out calls. Everything but reading attributes is for the compute thread."""
 
     def __init__(self, folders: Mapping[str, Path], device: str, ring_only: bool) -> None:
         """`device` is "auto", "cpu" or "cuda". Raises PreconditionError for "cuda" where there is none."""
@@ -42,6 +42,11 @@ class Worker:
         self._ring_only = ring_only
         self._cache_allowance = Allowance("a KV cache", MAX_CACHE_BYTES)
         self._overlay_allowance = Allowance("a provisioned parameter", 0)
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Bytes that are reserved for KV caches, and how many may be."""
+        return self._cache_allowance.used, self._cache_allowance.limit
 
     def load(self, name: str, precision: int) -> None:
         """Raises PreconditionError for an unknown name and for a sealed folder as int8, CheckpointError for a folder

@@ -1,6 +1,9 @@
 """`make soak`: hours in minutes. Many sessions that come, go and break off, and nothing leaks or repeats."""
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -13,6 +16,21 @@ from tests.simulators.workers import CheatingWorker, Words
 from wire.errors import VerificationError
 
 SESSIONS = 3_000
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("scheme", ["secure-infer", "split", "tee-only", "kv-shield", "plain"])
+def test_answers_stay_right_while_things_break(scheme: str, tmp_path: Path) -> None:
+    """A minute and a half of `cleave-bench --soak`; half an hour says more about memory."""
+    command = [sys.executable, "-m", "evaluation.bench", "--soak", "--schemes", scheme, "--minutes", "1.5", "--json"]
+    command += ["--log", str(tmp_path / "log")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
+    assert done.stdout, done.stderr
+    (soak,) = json.loads(done.stdout)["soaks"]
+    assert soak["problems"] == []
+    assert soak["completed"] > 0
+    assert done.returncode == 0
 
 
 @pytest.mark.soak

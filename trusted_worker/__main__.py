@@ -7,6 +7,7 @@ import resource
 import sys
 
 from trusted_worker.config import parse
+from wire import logs
 from wire.errors import CleaveError
 from wire.lifetime import die_with_parent
 
@@ -21,14 +22,14 @@ def main() -> None:
         sys.exit(sealed_model.run(sys.argv[2:]))
     settings = parse()
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    logging.basicConfig(level=logging.INFO, format="trusted-worker %(levelname)s %(name)s %(message)s")
-    from trusted_worker import server  # numpy is imported here, after its threads are fixed
+    logs.setup("trusted-worker", settings.log_format)
+    from trusted_worker import serving  # numpy is imported here, after its threads are fixed
 
     try:
         if settings.parent is not None:
             die_with_parent(settings.parent)
         _harden()
-        server.run(settings)
+        serving.run(settings)
     except CleaveError as error:
         print(f"cleave-trusted-worker: {error}", file=sys.stderr)
         sys.exit(2)

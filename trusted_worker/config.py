@@ -1,12 +1,16 @@
-"""Settings of the trusted worker: command line in, one frozen object out. No numpy is imported here."""
+"""Settings of the trusted worker: flags, environment and file in, one frozen object out. Imports no numpy."""
 
 import argparse
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wire import logs, settings, tls
+
+PREFIX = "CLEAVE_TRUSTED_"
 SCHEMES = ("plain", "split", "tee-only", "kv-shield", "secure-infer")
 PRECISIONS = ("float32", "int8")
 PREFILL = ("auto", "inside", "worker")
@@ -33,9 +37,19 @@ class Settings:
     seal_idle: bool
     model_key_file: Path | None
     max_context: int
+    connect_seconds: float
     step_seconds: float
+    request_seconds: float
     session_seconds: float
+    allocation_seconds: float
+    drain_seconds: float
     threads: int
+    reflection: bool
+    metrics: str | None
+    log_format: str
+    tls_certificate: Path | None
+    tls_key: Path | None
+    tls_authority: Path | None
     insecure_plaintext: bool
     parent: int | None
 
@@ -74,7 +88,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     _add_memory_flags(parser)
     _add_kv_shield_flags(parser)
     _add_service_flags(parser)
-    given = vars(parser.parse_args(arguments))
+    tls.add_flags(parser)
+    given = settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX)
     given["precision"] = given["precision"] or ("float32" if given["scheme"] == "kv-shield" else "int8")
     _check(parser, given)
     if given["threads"] == 0:
@@ -127,7 +142,15 @@ def _add_service_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:PATH for clients")
     add("--gpu-worker", default="", help="HOST:PORT or unix:PATH of the GPU worker")
-    add("--step-seconds", type=seconds, default=60.0, help="deadline of one exchange with the GPU worker")
-    add("--session-seconds", type=seconds, default=300.0, help="how long a session outlives its client")
+    add("--reflection", action="store_true", help="answer gRPC reflection")
+    add("--metrics", metavar="HOST:PORT", help="Prometheus endpoint on this machine (default: none)")
+    add("--log-format", choices=logs.FORMATS, default="text")
+    waits = parser.add_argument_group("deadlines, in seconds").add_argument
+    waits("--connect-seconds", type=seconds, default=10.0, help="until the GPU worker answers (default: 10)")
+    waits("--step-seconds", type=seconds, default=60.0, help="of one exchange with it (default: 60)")
+    waits("--request-seconds", type=seconds, default=120.0, help="of a client's call for its turn (default: 120)")
+    waits("--allocation-seconds", type=seconds, default=60.0, help="of Open, for its memory (default: 60)")
+    waits("--session-seconds", type=seconds, default=300.0, help="a session outlives its client (default: 300)")
+    waits("--drain-seconds", type=seconds, default=30.0, help="answers go on after SIGTERM (default: 30)")
     add("--insecure-plaintext", action="store_true", help="allow addresses that other machines can reach")
     add("--parent", type=int, default=None, help="end when this process ends")

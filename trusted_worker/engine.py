@@ -9,6 +9,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -50,11 +51,22 @@ class Engine(threading.Thread):
         self.scheme: Runner | None = None
         self.loaded: Future[None] = Future()
         self.steps_rows = 0
+        self.step_seconds = 0.0
 
     @property
     def sessions(self) -> int:
         """Sessions that are alive."""
         return len(self._sessions)
+
+    @property
+    def running(self) -> int:
+        """Sessions within a turn."""
+        return sum(session.in_turn for session in list(self._sessions))
+
+    @property
+    def queued(self) -> int:
+        """Commands that wait for their turn."""
+        return self._commands.qsize()
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
         """Have `work` run in the compute thread between two steps."""
@@ -146,7 +158,9 @@ class Engine(threading.Thread):
         if not members:
             return False
         sessions = [session for session, _ in members]
+        started = time.monotonic()
         logits = self._guard(lambda: self._forward(scheme, batch), sessions)
+        self.step_seconds += time.monotonic() - started
         self.steps_rows += len(batch.ids)
         if logits is not None:
             wanting = [session for session, wants in members if wants]

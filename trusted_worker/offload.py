@@ -24,6 +24,7 @@ from wire.errors import (
     UnavailableError,
     VerificationError,
 )
+from wire.tls import Tls
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
 
@@ -45,33 +46,56 @@ class Traffic:
     exchanges: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    seconds: float = 0.0  # in calls
+    worker_seconds: float = 0.0  # of these, what the GPU worker says that it computed
 
 
 class GpuWorker:
     """A connection that is made when it is needed, and made again when it broke."""
 
-    def __init__(self, target: str, model: str, precision: pb.Precision.ValueType, seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        model: str,
+        precision: pb.Precision.ValueType,
+        seconds: float = 60.0,
+        connect_seconds: float = 10.0,
+        tls: Tls | None = None,
+    ) -> None:
+        self._connect_seconds, self._tls = connect_seconds, tls
         self.traffic = Traffic()
-        self.stream = 0  # counts streams: what the worker held for an earlier one is gone
+        self._stream = 0
         self.greet: Callable[[], None] | None = None  # runs on every new stream before anything else
         self._target, self._model, self._precision, self._seconds = target, model, precision, seconds
         self._channel: grpc.Channel | None = None
         self._requests: queue.SimpleQueue[pb.ExecuteRequest | None] = queue.SimpleQueue()
         self._responses: Any = None
         self._started: float | None = None
+        self._claimed = 0.0  # seconds that the worker says it computed
         self._id = 0
 
-    def connect(self) -> None:
-        """Open the stream and have the model loaded. Raises UnavailableError, DeadlineError or what Load answers."""
+    @property
+    def stream(self) -> int:
+        """Counts streams: what the worker held for an earlier one is gone."""
+        self._notice_end()
+        return self._stream
+
+    def connect(self, patient: bool = False) -> None:
+        """Open the stream and have the model loaded. Raises UnavailableError.
+
+        `patient`: a worker that does not listen yet may begin to within the deadline; else that is an error at once.
+        """
         self.close()
-        self._channel = grpc.insecure_channel(self._target, options=channel.client_options())
+        options, target = channel.client_options(), self._target
+        self._channel = (
+            grpc.secure_channel(target, self._tls.client(), options)
+            if self._tls
+            else grpc.insecure_channel(target, options)
+        )
         stub = gpu_worker_pb2_grpc.GpuWorkerServiceStub(self._channel)
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=channel.CONNECT_SECONDS)
+            stub.Describe(pb.DescribeRequest(), timeout=self._connect_seconds, wait_for_ready=patient)
             stub.Load(pb.LoadRequest(model=self._model, precision=self._precision), timeout=LOAD_SECONDS)
-        except grpc.FutureTimeoutError:
-            self.close()
-            raise UnavailableError("the GPU worker cannot be reached") from None
         except grpc.RpcError as error:
             self.close()
             raise _local_error(error) from None
@@ -83,7 +107,7 @@ class GpuWorker:
     def close(self) -> None:
         """End the stream; the worker drops what it reserved for it."""
         if self._channel is not None:
-            self.stream += 1
+            self._stream += 1
             self._requests.put(None)
             self._channel.close()
         self._channel, self._responses = None, None
@@ -99,6 +123,7 @@ class GpuWorker:
 
         Raises VerificationError for an answer of any other form, UnavailableError or DeadlineError when none comes.
         """
+        self._notice_end()
         if self._responses is None:
             self.connect()
         self._started = time.monotonic()
@@ -115,9 +140,17 @@ class GpuWorker:
             self.close()
             raise
         finally:
-            self._started = None
+            elapsed = time.monotonic() - self._started
+            self.traffic.seconds += elapsed
+            self.traffic.worker_seconds += min(self._claimed, elapsed)
+            self._started, self._claimed = None, 0.0
         self.traffic.exchanges += 1
         return answer
+
+    def _notice_end(self) -> None:
+        """A stream that ended between two calls is no error: nothing was on it."""
+        if self._responses is not None and not self._responses.is_active():
+            self.close()
 
     def _send(self, operation: pb.Operation, array: codec.Array | None) -> None:
         self._id += 1
@@ -134,12 +167,13 @@ class GpuWorker:
     def _receive(self, shape: tuple[int, ...] | None, dtype: np.dtype[Any]) -> codec.Array:
         frames = self._frames()
         first = next(frames)
+        self._claimed = first.compute_us / 1e6
         if first.refused:
             raise _Refused(first.refused)
         try:
             if shape is None:
                 return np.empty(0, np.float32)
-            if tuple(first.header.shape) != shape:
+            if len(first.header.shape) != len(shape) or tuple(first.header.shape) != shape:
                 raise VerificationError
             assembler = codec.Assembler(first.header)
             if assembler.dtype != dtype:

@@ -5,9 +5,7 @@ INTERNAL with a fixed text. No text of a library and no value reaches a peer or 
 """
 
 import asyncio
-import contextlib
 import logging
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial, wraps
@@ -19,17 +17,14 @@ from trusted_worker import attestation
 from trusted_worker.config import Settings
 from trusted_worker.service import Service
 from trusted_worker.session import Event, Session
-from wire import channel
-from wire.errors import CleaveError, DeniedError, InvalidArgumentError, UnavailableError
-from wire.sealing import NoSeal, Seal
+from wire.errors import CleaveError, DeadlineError, InvalidArgumentError
+from wire.sealing import Seal
 from wire.v1 import trusted_worker_pb2 as pb
 from wire.v1 import trusted_worker_pb2_grpc
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 log = logging.getLogger(__name__)
-WATCH_SECONDS = 0.25
-COMMAND_SECONDS = 120.0
 
 
 async def _abort(context: Context, error: BaseException) -> NoReturn:
@@ -57,8 +52,8 @@ def _mapped(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
 class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
     """The servicer."""
 
-    def __init__(self, service: Service, seal: Seal, session_seconds: float) -> None:
-        self._service, self._seal, self._session_seconds = service, seal, session_seconds
+    def __init__(self, service: Service, seal: Seal, settings: Settings) -> None:
+        self._service, self._seal, self._settings = service, seal, settings
         self._expiry: dict[bytes, asyncio.TimerHandle] = {}
 
     @_mapped
@@ -72,7 +67,12 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         opened = self._seal.open(request, pb.OpenRequest)
         if not self._service.engine.loaded.done():
             return self._seal.wrap(self._service.open(opened))  # refuses: the model is loading
-        response = await self._compute(partial(self._service.open, opened))
+        future = self._service.engine.submit(partial(self._service.open, opened))
+        try:
+            response = await self._result(future, self._settings.allocation_seconds)
+        except BaseException:  # the client has left, or waited too long: nobody knows the session's name
+            future.add_done_callback(self._abandon)
+            raise
         self._expire_later(response.session)
         return self._seal.wrap(response)
 
@@ -112,7 +112,7 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         """Feed the session from the client's frames. The first frame names it; the others must agree."""
         name, session = b"", None
         try:
-            async for sealed in requests:
+            while (sealed := await self._next(requests, session)) is not None:
                 frame = self._seal.open(sealed, pb.DecodeRequest)
                 if session is None:
                     name, session = frame.session, self._service.session(frame.session)
@@ -133,6 +133,14 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             if session is not None:
                 self._detach(name, session, emit)
 
+    async def _next(self, requests: AsyncIterator[pb.Sealed], session: Session | None) -> pb.Sealed | None:
+        """The client's next frame. Before the first one, which names a session, there is a deadline."""
+        try:
+            async with asyncio.timeout(self._settings.request_seconds if session is None else None):
+                return await anext(requests, None)
+        except TimeoutError:
+            raise DeadlineError("a stream must begin with a frame") from None
+
     def _detach(self, name: bytes, session: Session, emit: Callable[[Event], None]) -> None:
         loop = asyncio.get_running_loop()
 
@@ -145,7 +153,7 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
     def _expire_later(self, name: bytes) -> None:
         """Free the session after a while, unless a client comes back for it."""
         self._keep(name)
-        self._expiry[name] = asyncio.get_running_loop().call_later(self._session_seconds, self._expire, name)
+        self._expiry[name] = asyncio.get_running_loop().call_later(self._settings.session_seconds, self._expire, name)
 
     def _expire(self, name: bytes) -> None:
         self._keep(name)
@@ -156,54 +164,17 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         if handle is not None:
             handle.cancel()
 
+    def _abandon(self, opened: "Future[pb.OpenResponse]") -> None:
+        """Close a session that was opened for nobody. Runs in whichever thread completes the future."""
+        if not opened.cancelled() and opened.exception() is None:
+            self._service.engine.submit(partial(self._service.close, opened.result().session))
+
     async def _compute(self, work: Callable[[], T]) -> T:
-        future: Future[T] = self._service.engine.submit(work)
-        return await asyncio.wait_for(asyncio.wrap_future(future), COMMAND_SECONDS)
+        """`work` in the compute thread, unless its turn does not come in time: then it never runs."""
+        return await self._result(self._service.engine.submit(work), self._settings.request_seconds)
 
-
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises CleaveError when the model or the address cannot be used."""
-    for address in filter(None, (settings.listen, settings.gpu_worker)):
-        if not channel.is_local(address) and not settings.insecure_plaintext:
-            raise DeniedError(
-                f"{address} is not on this machine and nothing is encrypted yet: "
-                "use loopback or a Unix socket, or say --insecure-plaintext"
-            )
-    asyncio.run(_serve(Service(settings), settings))
-
-
-def _announce(loading: "asyncio.Future[None]", stopping: asyncio.Event) -> None:
-    """Say that the model is loaded; stop when it could not be."""
-    if loading.cancelled() or loading.exception() is not None:
-        stopping.set()
-    else:
-        print("serving", flush=True)
-
-
-async def _serve(service: Service, settings: Settings) -> None:
-    server = grpc.aio.server(options=channel.server_options())
-    servicer = TrustedWorker(service, NoSeal(), settings.session_seconds)
-    trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(servicer, server)
-    try:
-        port = server.add_insecure_port(settings.listen)
-    except RuntimeError:
-        raise UnavailableError(f"cannot listen on {settings.listen}: is the address in use?") from None
-    await server.start()
-    unix = settings.listen.startswith("unix:")
-    print("listening on", settings.listen if unix else f"{settings.listen.rpartition(':')[0]}:{port}", flush=True)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    service.engine.start()
-    try:
-        loading = asyncio.wrap_future(service.engine.loaded)
-        loading.add_done_callback(lambda done: _announce(done, stopping))
-        while not stopping.is_set():
-            service.worker.expire()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), WATCH_SECONDS)
-        if loading.done():
-            loading.result()
-    finally:
-        service.engine.stop()
-        await server.stop(grace=1.0)
+    async def _result(self, future: "Future[T]", seconds: float) -> T:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
+        except TimeoutError:
+            raise DeadlineError("the trusted worker is busy: try again") from None

@@ -5,9 +5,11 @@ import secrets
 from collections.abc import Callable
 from typing import cast
 
+from trusted_worker import metrics
 from trusted_worker.config import Settings
 from trusted_worker.engine import Engine
 from trusted_worker.kv_cache import Cache
+from trusted_worker.metrics import Latencies
 from trusted_worker.model import scratch_bytes
 from trusted_worker.offload import GpuWorker
 from trusted_worker.pads import Bank, PadSource
@@ -34,7 +36,9 @@ from wire.errors import (
     UnavailableError,
 )
 from wire.kv_pages import KvType
+from wire.metrics import resident_bytes
 from wire.model_config import ModelConfig
+from wire.tls import from_flags
 from wire.v1 import gpu_worker_pb2
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -56,7 +60,16 @@ class Service:
         self._precision = _PRECISIONS[settings.precision]
         self._memory = SecureMemory(settings.memory_budget)
         log.info("secure memory: %d bytes, %s", settings.memory_budget, self._memory.protections)
-        self.worker = GpuWorker(settings.gpu_worker, self.config.name, self._precision, settings.step_seconds)
+        self.worker = GpuWorker(
+            settings.gpu_worker,
+            self.config.name,
+            self._precision,
+            settings.step_seconds,
+            settings.connect_seconds,
+            from_flags(settings.tls_certificate, settings.tls_key, settings.tls_authority),
+        )
+        self.draining = False
+        self._latencies = Latencies()
         self._scheme: Scheme | None = None
         self._sessions: dict[bytes, Session] = {}
         self.engine = Engine(self._load, MAX_ROWS)
@@ -64,6 +77,8 @@ class Service:
     def open(self, request: pb.OpenRequest) -> pb.OpenResponse:
         """Admit a session or refuse it before anything starts."""
         self._check(request)
+        if self.draining:
+            raise UnavailableError("the trusted worker is draining: it takes no new sessions")
         if self._scheme is None:
             raise PreconditionError("model is loading; try again in a moment")
         most = min(self.config.max_context, self._settings.max_context or self.config.max_context)
@@ -71,7 +86,7 @@ class Service:
             raise ContextError(f"a context of {request.max_context} tokens was asked; the most is {most}")
         sampler = Sampler(request.sampling)
         cache = self._scheme.open(request.max_context) if request.max_context else _open(self._scheme, most)
-        session = Session(self.config, cache, sampler)
+        session = Session(self.config, cache, sampler, self._latencies)
         self.engine.add(session)
         name = secrets.token_bytes(SESSION_BYTES)
         self._sessions = {key: one for key, one in self._sessions.items() if not one.dead} | {name: session}
@@ -118,11 +133,18 @@ class Service:
             memory_used=self._memory.used,
             memory_peak=self._memory.peak,
             memory_locked=self._memory.protections["locked"],
-            rss=_rss(),
+            rss=resident_bytes(),
             sessions=self.engine.sessions,
             tokens=self.engine.steps_rows,
+            step_seconds=self.engine.step_seconds,
+            exchange_seconds=traffic.seconds,
+            worker_seconds=traffic.worker_seconds,
             **(self._scheme.counters() if self._scheme is not None else {}),
         )
+
+    def metrics(self) -> str:
+        """The same for Prometheus, and latencies."""
+        return metrics.text(self.stats(), self._latencies, self.engine.running, self.engine.queued)
 
     def _check(self, request: pb.OpenRequest) -> None:
         settings = self._settings
@@ -137,7 +159,7 @@ class Service:
         except ExhaustedError as error:
             raise ExhaustedError(f"{error}; start the trusted worker with a larger --memory-budget") from error
         if self._settings.scheme != "tee-only":
-            self.worker.connect()
+            self.worker.connect(patient=True)
         self._scheme = scheme
         return scheme
 
@@ -164,7 +186,10 @@ class Service:
 
     def _kv_shield(self) -> KvShield:
         settings, kv_type = self._settings, KvType[self._settings.kv_dtype.upper()]
-        log.warning("%s", kv_shield.WARNING)
+        log.warning(
+            "kv-shield does not protect the conversation from the GPU worker, which sees every activation: it hides "
+            "the KV cache from somebody who reads nothing but the cache and does not know the model"
+        )
         options = kv_shield.Options(
             rope_on_worker=settings.rope == "worker",
             kv_type=kv_type,
@@ -218,10 +243,3 @@ def _open(scheme: Scheme, most: int) -> Cache:
             if tokens <= SMALL_CONTEXT:
                 raise
             tokens //= 2
-
-
-def _rss() -> int:
-    """Resident bytes of the whole process: the interpreter and its libraries are not inside the budget."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024

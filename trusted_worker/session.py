@@ -5,13 +5,15 @@ step when it has something to prefill, or one token and credit for the answer to
 the client and ends with one FINAL: at an end-of-sequence token, when the context is full, or when the client says so.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 
 from trusted_worker.arithmetic import F32
 from trusted_worker.kv_cache import Cache
+from trusted_worker.metrics import Latencies
 from trusted_worker.sampling import Sampler
-from wire.errors import CleaveError, ContextError, InvalidArgumentError, UnauthenticatedError
+from wire.errors import CleaveError, ContextError, InvalidArgumentError, UnauthenticatedError, UnavailableError
 from wire.model_config import ModelConfig
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -25,8 +27,11 @@ MAX_FRAME_TOKENS = 4096
 class Session:
     """State machine of one session. `emit` receives tokens, FINALs and at most one error, after which it is dead."""
 
-    def __init__(self, config: ModelConfig, cache: Cache, sampler: Sampler) -> None:
+    def __init__(self, config: ModelConfig, cache: Cache, sampler: Sampler, latencies: Latencies | None = None) -> None:
         self.cache = cache
+        self._latencies = latencies or Latencies()
+        self._waits: float | None = None  # since when a token could be computed
+        self._first = True  # the next token is a turn's first
         self.dead = False
         self._config, self._sampler = config, sampler
         self._emit: Emit | None = None
@@ -36,7 +41,9 @@ class Session:
         self._in_turn = False
 
     def attach(self, emit: Emit) -> None:
-        """From now on events go to `emit`."""
+        """From now on events go to `emit`. A stream that held the session before is told, and ends."""
+        if self._emit is not None:
+            self._send(UnavailableError("another stream has taken over this session"))
         self._emit = emit
 
     @property
@@ -65,13 +72,22 @@ class Session:
             room = max(self.cache.capacity - held, 0)
             raise ContextError(f"{len(ids)} more tokens do not fit: the context has room for {room}")
         if ids:
+            self._first |= not self._in_turn
+            self._latencies.prompt_tokens += len(ids)
             self._in_turn = True
             self._tokens.extend(ids)
             self._pending.extend(ids)
         if self._in_turn:
             self._credit = min(self._credit + credit, self.cache.capacity)
+            if self._credit and self._waits is None:
+                self._waits = time.monotonic()
             if end_turn:
                 self._finish(pb.FINISH_REASON_ENDED)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether an answer is under way."""
+        return self._in_turn and not self.dead
 
     @property
     def rows(self) -> int:
@@ -88,11 +104,13 @@ class Session:
     def accept(self, logits: F32) -> None:
         """Sample from the logits of the last token, and hand the result to the client."""
         choice = self._sampler.choose(logits, self._tokens)
+        self._observe()
         self._tokens.append(choice.token)
         self._pending.append(choice.token)
         if not self._in_turn:  # the client left during the step: the token is part of the context, unsent
             return
         self._credit -= 1
+        self._waits = time.monotonic() if self._credit else None
         top = [pb.Logprob(token_id=token, logprob=logprob) for token, logprob in choice.top]
         self._send(pb.DecodeResponse(token=pb.Token(token_id=choice.token, logprob=choice.logprob, top=top)))
         if choice.token in self._config.eos:
@@ -118,9 +136,17 @@ class Session:
         self._rest()
         self._send(pb.DecodeResponse(final=pb.Final(reason=reason, context_tokens=len(self._tokens))))
 
+    def _observe(self) -> None:
+        """A token is there: how long it took since it could be computed."""
+        self._latencies.generated_tokens += 1
+        if self._waits is not None:
+            histogram = self._latencies.first_token if self._first else self._latencies.next_token
+            histogram.observe(time.monotonic() - self._waits)
+        self._first = False
+
     def _rest(self) -> None:
         """The turn is over."""
-        self._in_turn, self._credit = False, 0
+        self._in_turn, self._credit, self._waits = False, 0, None
         if not self.dead:
             self.cache.rest()
 

@@ -78,16 +78,19 @@ class ShieldedCache(RemoteCache):
 
     def park(self) -> Iterator[None]:
         """Seal one page at a time, then have the worker wipe them all; given up when the sequence wakes meanwhile."""
-        begun = self._wakes
+        return self._park(self._wakes)
+
+    def _park(self, begun: int) -> Iterator[None]:
         for layer, page in self._all_pages():
+            if self._wakes != begun:
+                return
             words = self.act(pb.Cache(read=pb.ReadPage(layer=layer, page=page)), None, (self._words,))
             self._pages.seal(KV, layer, page, words)
             self._counts["pages_sealed"] += 1
             yield
-            if self._wakes != begun:
-                return
-        self.act(pb.Cache(wipe=pb.Wipe()))
-        self.resting, self.parked = False, True
+        if self._wakes == begun:
+            self.act(pb.Cache(wipe=pb.Wipe()))
+            self.resting, self.parked = False, True
 
     def free(self) -> None:
         """Wipe the permutations, forget the pages, have the worker drop the rest."""

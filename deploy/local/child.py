@@ -80,9 +80,18 @@ class Child:
         """Whether the process is still there."""
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
     def terminate(self) -> None:
         """Ask it to stop."""
         self._process.terminate()
+
+    def kill(self) -> None:
+        """Make it stop at once: it cannot refuse."""
+        self._process.kill()
 
     def reap(self) -> None:
         """Wait until it has stopped; after STOP_SECONDS make it."""

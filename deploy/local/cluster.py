@@ -16,6 +16,7 @@ from wire.errors import UnavailableError
 
 LISTEN_SECONDS = 120.0  # importing torch from a cold disk takes long
 SERVE_SECONDS = 1800.0  # loading a model: its size and the disk decide
+GPU_WORKER, TRUSTED_WORKER = "GPU worker", "trusted worker"  # roles
 ROOT = Path(__file__).resolve().parents[2]  # the children run the packages beside this one
 
 
@@ -30,6 +31,7 @@ class Settings:
     pad_bank: str = "64MiB"
     device: str = "auto"
     listen: str | None = None  # host:port; None: a Unix socket in the private folder
+    gpu_listen: str | None = None  # of the GPU worker; None: a Unix socket in the private folder
     insecure_plaintext: bool = False  # `listen` may be reachable from other machines
     more: tuple[str, ...] = ()  # further words of the trusted worker's command line
 
@@ -50,6 +52,7 @@ class Cluster:
 
     def __init__(self, settings: Settings, progress: Progress, log: TextIO | None = None) -> None:
         self.target = ""
+        self._offload = ""  # where the GPU worker listens
         self._settings = settings
         self._progress = progress
         self._log = log
@@ -78,16 +81,31 @@ class Cluster:
             if not child.running:
                 raise UnavailableError(child.epitaph())
 
+    @property
+    def pids(self) -> dict[str, int]:
+        """The workers' processes by role: TRUSTED_WORKER, and GPU_WORKER where there is one."""
+        return {child.name: child.pid for child in self._children}
+
+    def restart_gpu_worker(self) -> None:
+        """Kill the GPU worker, if it still runs, and start another one in its place. In the main thread only."""
+        old = next(child for child in self._children if child.name == GPU_WORKER)
+        old.kill()
+        old.reap()
+        self._children.remove(old)
+        self._ended.clear()
+        self._start_gpu_worker(self._offload)
+
     def _start(self) -> None:
         folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cleave-"))  # mode 0700
-        offload = self._start_gpu_worker(f"unix:{folder}/gpu.sock") if self._settings.offloads else ""
+        if self._settings.offloads:
+            self._offload = self._start_gpu_worker(self._settings.gpu_listen or f"unix:{folder}/gpu.sock")
         listen = self._settings.listen or f"unix:{folder}/trusted.sock"
-        trusted = self._spawn("trusted worker", self._trusted_worker(listen, offload))
+        trusted = self._spawn(TRUSTED_WORKER, self._trusted_worker(listen, self._offload))
         self.target = trusted.await_line("listening on", LISTEN_SECONDS, "starting the trusted worker", self._tick)
         trusted.await_line("serving", SERVE_SECONDS, "loading the model", self._tick)
 
     def _start_gpu_worker(self, listen: str) -> str:
-        gpu = self._spawn("GPU worker", self._gpu_worker(listen))
+        gpu = self._spawn(GPU_WORKER, self._gpu_worker(listen))
         return gpu.await_line("listening on", LISTEN_SECONDS, "starting the GPU worker", self._tick)
 
     def _tick(self, stage: str, seconds: float) -> None:
@@ -109,7 +127,7 @@ class Cluster:
         argv = ["-m", "trusted_worker", "--listen", listen, "--gpu-worker", offload]
         argv += ["--model", str(settings.model.resolve()), "--scheme", settings.scheme]
         argv += ["--precision", settings.precision, "--memory-budget", settings.memory_budget]
-        argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto", *settings.more]
+        argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto", "--drain-seconds", "1", *settings.more]
         return [*argv, "--insecure-plaintext"] if settings.insecure_plaintext else argv
 
     def _stop(self) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
+from dataclasses import replace as replace_settings
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,42 @@ def test_both_workers_run_and_stop(repository: Path, capfd: pytest.CaptureFixtur
     for process in (gpu[0], trusted[0]):
         with pytest.raises(ProcessLookupError):
             os.kill(int(process), 0)
+
+
+def test_a_killed_gpu_worker_can_be_started_again(repository: Path) -> None:
+    chosen = replace_settings(settings(), gpu_listen=f"unix:{repository}/gpu")
+    with Cluster(chosen, Recorder()) as running:
+        before = running.pids
+        assert set(before) == {cluster.GPU_WORKER, cluster.TRUSTED_WORKER}
+        os.kill(before[cluster.GPU_WORKER], signal.SIGKILL)
+        running.restart_gpu_worker()
+        running.check()
+        after = running.pids
+        assert after[cluster.TRUSTED_WORKER] == before[cluster.TRUSTED_WORKER]
+        assert after[cluster.GPU_WORKER] != before[cluster.GPU_WORKER]
+        line = Path(f"/proc/{after[cluster.GPU_WORKER]}/cmdline").read_text().split("\0")
+        assert line[line.index("--listen") + 1] == f"unix:{repository}/gpu"
+    for process in after.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_a_restart_replaces_a_gpu_worker_that_runs_and_notices_the_other_s_end(repository: Path) -> None:
+    with Cluster(settings(), Recorder()) as running:
+        before = running.pids
+        running.restart_gpu_worker()
+        with pytest.raises(ProcessLookupError):
+            os.kill(before[cluster.GPU_WORKER], 0)
+        os.kill(before[cluster.TRUSTED_WORKER], signal.SIGKILL)
+        with pytest.raises(UnavailableError, match="trusted worker stopped"):
+            running.wait()
+        with pytest.raises(UnavailableError, match="trusted worker stopped"):
+            running.restart_gpu_worker()
+
+
+def test_tee_only_has_one_process(repository: Path) -> None:
+    with Cluster(settings("tee-only"), Recorder()) as running:
+        assert set(running.pids) == {cluster.TRUSTED_WORKER}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import numba
 import pytest
 import torch
 
-from gpu_worker.server import Compute, Servicer, make_server
+from gpu_worker.compute import Compute
+from gpu_worker.server import Servicer, make_server
+from gpu_worker.traffic import Traffic
 from gpu_worker.worker import Worker
 from tests.model_folders import ASIDE, MODELS
 from wire.channel import client_options
@@ -56,22 +58,32 @@ def worker(model_folders: dict[str, Path]) -> Worker:
 
 @pytest.fixture
 def serve(model_folders: dict[str, Path], tmp_path: Path) -> Serve:
-    """`async with serve(ring_only=False) as stub`: a worker in this process. `stub.raw_execute` sends bare bytes."""
+    """`async with serve(ring_only=False) as stub`: a worker in this process. `stub.raw_execute` sends bare bytes;
+    `stub.traffic` and `stub.compute` are the worker's, `stub.connect()` is another connection.
+    """
 
     @asynccontextmanager
-    async def start(ring_only: bool = False) -> AsyncIterator[Any]:
+    async def start(ring_only: bool = False, request_seconds: float = 60.0) -> AsyncIterator[Any]:
         def make_worker() -> Worker:
             one_thread_here()
             return Worker(model_folders, "cpu", ring_only)
 
-        compute = Compute(make_worker)
-        server = make_server(Servicer(compute, list(model_folders), ring_only))
+        compute, traffic = Compute(make_worker), Traffic()
+        server = make_server(Servicer(compute, list(model_folders), ring_only, traffic, request_seconds))
         address = f"unix:{tmp_path}/worker"
         server.add_insecure_port(address)
         await server.start()
+
+        @asynccontextmanager
+        async def connect() -> AsyncIterator[Any]:
+            options = [*client_options(), ("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.insecure_channel(address, options=options) as channel:
+                yield gpu_worker_pb2_grpc.GpuWorkerServiceStub(channel)
+
         async with grpc.aio.insecure_channel(address, options=client_options()) as channel:
-            stub = gpu_worker_pb2_grpc.GpuWorkerServiceStub(channel)
-            stub.raw_execute = channel.stream_stream("/wire.v1.GpuWorkerService/Execute")  # type: ignore[attr-defined]
+            stub: Any = gpu_worker_pb2_grpc.GpuWorkerServiceStub(channel)
+            stub.traffic, stub.compute, stub.connect = traffic, compute, connect
+            stub.raw_execute = channel.stream_stream("/wire.v1.GpuWorkerService/Execute")
             yield stub
         await server.stop(0)
         compute.stop()

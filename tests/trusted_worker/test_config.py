@@ -92,3 +92,41 @@ def test_numbers_that_make_no_sense_are_refused(arguments: list[str], capsys: py
 def test_an_unsafe_switch_is_written_out_in_full(abbreviation: str) -> None:
     with pytest.raises(SystemExit):
         parse([*MODEL, abbreviation])
+
+
+def test_flags_go_before_the_environment_and_the_environment_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "worker.toml"
+    file.write_text('model = "there"\nscheme = "split"\nmemory-budget = "1MiB"\nmax-context = 7\nreflection = true\n')
+    monkeypatch.setenv("CLEAVE_TRUSTED_MEMORY_BUDGET", "2MiB")
+    monkeypatch.setenv("CLEAVE_TRUSTED_MAX_CONTEXT", "8")
+    settings = parse(["--config", str(file), "--max-context", "9"])
+    assert (settings.model, settings.scheme, settings.reflection) == (Path("there"), "split", True)
+    assert (settings.memory_budget, settings.max_context) == (2 << 20, 9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--scheme", "kv-shield", "--precision", "int8"], "float32"),
+        (["--rotate-every", "4"], "kv-shield"),
+        (["--seal-idle"], "kv-shield"),
+        (["--rope", "worker"], "kv-shield"),
+        (["--kv-dtype", "int8"], "--kv-dtype"),
+        (["--model-key-file", "key"], "tee-only"),
+        (["--config", "/nowhere.toml"], "nowhere.toml"),
+        (["--log-format", "xml"], "xml"),
+    ],
+)
+def test_what_does_not_go_together_is_said(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse([*MODEL, *flags])
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_kv_shield_computes_in_float32_unless_told_otherwise() -> None:
+    settings = parse([*MODEL, "--scheme", "kv-shield", "--kv-dtype", "int8", "--rotate-every", "64", "--seal-idle"])
+    assert (settings.precision, settings.kv_dtype, settings.rotate_every) == ("float32", "int8", 64)
+    assert settings.seal_idle

@@ -299,10 +299,12 @@ def test_a_refused_load_is_unavailable_without_its_text(worker: GpuWorker, serve
     assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
 
 
-def test_nobody_listening_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "CONNECT_SECONDS", 0.3)
-    worker = GpuWorker(f"unix:{tmp_path}/nobody", "tiny", pb.PRECISION_INT8)
-    with pytest.raises(UnavailableError, match="cannot be reached"):
+@pytest.mark.parametrize("patient", [False, True])
+def test_nobody_listening_is_unavailable(tmp_path: Path, patient: bool) -> None:
+    worker = GpuWorker(f"unix:{tmp_path}/nobody", "tiny", pb.PRECISION_INT8, connect_seconds=0.3)
+    with pytest.raises(UnavailableError, match="not available"):
+        worker.connect(patient)
+    with pytest.raises(UnavailableError, match="not available"):
         worker.call(RING, X, (3, 4))
     worker.expire()
     worker.close()
@@ -401,3 +403,15 @@ def test_a_refused_call_leaves_the_stream_as_it_is(server: Server, worker: GpuWo
     server.behaviour = doubled
     worker.call(CACHE, None, None)
     assert (worker.stream, server.streams) == (stream, 1)
+
+
+def test_a_stream_that_ended_between_two_calls_is_replaced_without_an_error(server: Server, worker: GpuWorker) -> None:
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    before = worker.stream
+    server.stop()
+    server.start()
+    deadline = time.monotonic() + 10
+    while worker.stream == before:
+        assert time.monotonic() < deadline
+    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert server.streams == 2

@@ -331,3 +331,16 @@ def test_a_sequence_rests_when_its_turn_is_over_or_its_client_is_gone() -> None:
     client.session.feed([3], credit=5, end_turn=False)
     client.session.detach(client.emit)
     assert client.cache.rests == 2
+
+
+def test_latencies_are_observed_while_a_token_could_be_computed() -> None:
+    client = Client()
+    latencies = client.session._latencies
+    client.session.feed([1, 2], credit=2, end_turn=False)
+    for _ in range(2):
+        client.step(7)
+    client.session.feed([], credit=1, end_turn=False)
+    client.step(7)
+    counts = [one.lines("x", "")[-1] for one in (latencies.first_token, latencies.next_token)]
+    assert counts == ["x_count 1", "x_count 2"]
+    assert (latencies.prompt_tokens, latencies.generated_tokens) == (2, 3)

@@ -181,7 +181,7 @@ def test_the_smallest_budget_is_enough_and_less_is_not(
     model_folder: Callable[[str], Path], name: str, scheme: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block by block: a session opens in just this arena and fills it; one block less holds no such session."""
-    monkeypatch.setattr(GpuWorker, "connect", lambda self: None)
+    monkeypatch.setattr(GpuWorker, "connect", lambda self, patient=False: None)
     monkeypatch.setattr(GpuWorker, "call", lambda self, operation, array, shape: np.empty(shape or 0, np.float32))
     folder = model_folder(name)
     found = cost(scheme, Case(ModelConfig.from_hf(folder), precision, 200, 24))

@@ -15,7 +15,10 @@ from wire.v1 import gpu_worker_pb2 as pb
 class Worker(Protocol):
     """The GPU worker as schemes see it. See offload.GpuWorker."""
 
-    stream: int  # which stream is open: another number means that what the old one held is gone
+    @property
+    def stream(self) -> int:
+        """Which stream is open: another number means that what the old one held is gone."""
+        ...
 
     def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
         """One exchange; the answer has `shape`, and is hostile until verified."""

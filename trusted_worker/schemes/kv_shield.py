@@ -48,10 +48,6 @@ from wire.model_config import ModelConfig
 from wire.parameters import Kind, Parameter, parameters, read, tiles
 from wire.v1 import gpu_worker_pb2 as pb
 
-WARNING = (
-    "kv-shield does not protect the conversation from the GPU worker, which sees every activation: it hides the KV "
-    "cache from somebody who reads nothing but the cache and does not know the model"
-)
 TILE_ELEMENTS = 1 << 18  # of a parameter that is provisioned as it is
 
 

@@ -657,10 +657,13 @@ class ExecuteResponse(google.protobuf.message.Message):
     HEADER_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
+    COMPUTE_US_FIELD_NUMBER: builtins.int
     id: builtins.int
     data: builtins.bytes
     refused: builtins.int
     """a gRPC status code: the call changed nothing, and the stream goes on"""
+    compute_us: builtins.int
+    """first frame: how long the worker says that it computed; for statistics only"""
     @property
     def header(self) -> wire.v1.tensor_pb2.TensorHeader: ...
     def __init__(
@@ -670,8 +673,9 @@ class ExecuteResponse(google.protobuf.message.Message):
         header: wire.v1.tensor_pb2.TensorHeader | None = ...,
         data: builtins.bytes = ...,
         refused: builtins.int = ...,
+        compute_us: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header", "id", b"id", "refused", b"refused"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compute_us", b"compute_us", "data", b"data", "header", b"header", "id", b"id", "refused", b"refused"]) -> None: ...
 
 global___ExecuteResponse = ExecuteResponse

@@ -374,6 +374,9 @@ class StatsResponse(google.protobuf.message.Message):
     PAGES_SEALED_FIELD_NUMBER: builtins.int
     PAGES_RESTORED_FIELD_NUMBER: builtins.int
     PERMUTATIONS_RENEWED_FIELD_NUMBER: builtins.int
+    STEP_SECONDS_FIELD_NUMBER: builtins.int
+    EXCHANGE_SECONDS_FIELD_NUMBER: builtins.int
+    WORKER_SECONDS_FIELD_NUMBER: builtins.int
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     exchanges: builtins.int
@@ -402,6 +405,12 @@ class StatsResponse(google.protobuf.message.Message):
     """of KV caches"""
     pages_restored: builtins.int
     permutations_renewed: builtins.int
+    step_seconds: builtins.float
+    """of the compute thread, in steps of the model"""
+    exchange_seconds: builtins.float
+    """of these and of idle work, waiting for the GPU worker"""
+    worker_seconds: builtins.float
+    """of these, what the GPU worker says that it computed"""
     def __init__(
         self,
         *,
@@ -427,7 +436,10 @@ class StatsResponse(google.protobuf.message.Message):
         pages_sealed: builtins.int = ...,
         pages_restored: builtins.int = ...,
         permutations_renewed: builtins.int = ...,
+        step_seconds: builtins.float = ...,
+        exchange_seconds: builtins.float = ...,
+        worker_seconds: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["exchanges", b"exchanges", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "tokens", b"tokens", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "step_seconds", b"step_seconds", "tokens", b"tokens", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
 
 global___StatsResponse = StatsResponse

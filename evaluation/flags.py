@@ -1,0 +1,136 @@
+"""The command line of cleave-bench: flags, their ranges, and which of them go together."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from client.flags import DEMO_MODEL, Parser
+
+ROWS = (  # scheme, precision
+    ("plain", "float32"),
+    ("plain", "int8"),
+    ("kv-shield", "float32"),
+    ("split", "float32"),
+    ("split", "int8"),
+    ("tee-only", "float32"),
+    ("tee-only", "int8"),
+    ("secure-infer", "int8"),
+)
+SCHEMES = tuple(dict.fromkeys(scheme for scheme, _ in ROWS))
+_BENCH: dict[str, Any] = {
+    "schemes": SCHEMES,
+    "precision": "both",
+    "context": 32,
+    "tokens": 64,
+    "batch": 1,
+    "repeat": 5,
+    "device": "auto",
+    "one_at_a_time": False,
+    "markdown": False,
+}
+_SOAK: dict[str, Any] = {"schemes": ("secure-infer",), "minutes": 30.0, "clients": 8, "seed": 0, "log": None}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; leaves with status 2 and one line when it makes no sense. `rows` are those to measure."""
+    parser = Parser(
+        allow_abbrev=False,
+        prog="cleave-bench",
+        description="Every scheme beside its baselines, in one run; or, with --soak, many clients while things break.",
+    )
+    _add_common(parser.add_argument)
+    _add_bench(parser.add_argument_group("measuring").add_argument)
+    _add_soak(parser.add_argument_group("soak").add_argument)
+    options = parser.parse_args(argv)
+    _fill(parser, options)
+    options.rows = [] if options.soak else _rows(parser, options)
+    return options
+
+
+def _add_common(add: Callable[..., Any]) -> None:
+    add("--model", default=str(DEMO_MODEL), metavar="DIR", help="a model folder, or shape:NAME; default: demo")
+    add(
+        "--schemes",
+        type=_schemes,
+        metavar="A,B",
+        help=f"of {', '.join(SCHEMES)}; default: all; of a soak, secure-infer",
+    )
+    add("--memory-budget", type=_size, metavar="SIZE", help="of the trusted worker; default: what is needed")
+    add("--pad-bank", type=_size, metavar="SIZE", help="sealed pads of secure-infer; default: what is needed")
+    add("--json", action="store_true", help="one JSON object, in the last line of stdout")
+
+
+def _add_bench(add: Callable[..., Any]) -> None:
+    add("--precision", choices=("float32", "int8", "both"), help="default: both, as far as a scheme has them")
+    add("--context", type=_integer(1, 1 << 24), metavar="N", help="tokens of the prompt; default: 32")
+    add("--tokens", type=_integer(2, 1 << 20), metavar="N", help="tokens that are decoded; default: 64")
+    add("--batch", type=_integer(1, 64), metavar="N", help="sessions that decode at the same time; default: 1")
+    add("--repeat", type=_integer(1, 1000), metavar="N", help="answers of each row; default: 5")
+    add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
+    add("--one-at-a-time", action="store_true", default=None, help="start each cluster anew for every repetition")
+    add("--markdown", action="store_true", default=None, help="print the table with --json, too")
+
+
+def _add_soak(add: Callable[..., Any]) -> None:
+    add("--soak", action="store_true", help="answers must be right, memory flat, whatever breaks; status 1 if not")
+    add("--minutes", type=_minutes, metavar="M", help="of each scheme; default: 30")
+    add("--clients", type=_integer(1, 32), metavar="N", help="default: 8")
+    add("--seed", type=_integer(0, 1 << 32), metavar="N", help="of prompts and faults; default: 0")
+    add("--log", type=argparse.FileType("w"), metavar="FILE", help="write the workers' logs to it")
+
+
+def _fill(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Defaults of what is done; a flag of the other thing is an error."""
+    ours, others = (_SOAK, _BENCH) if options.soak else (_BENCH, _SOAK)
+    for name in others:
+        if name not in ours and getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} does not go with --soak" if options.soak else f"{flag} needs --soak")
+    options.named = options.schemes is not None
+    for name, value in ours.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def _rows(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, str]]:
+    rows = [row for row in ROWS if row[0] in options.schemes and options.precision in (row[1], "both")]
+    missing = set(options.schemes) - {scheme for scheme, _ in rows}
+    if missing and options.named:
+        parser.error(f"{', '.join(sorted(missing))} cannot run at --precision {options.precision}")
+    return rows
+
+
+def _schemes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in SCHEMES:
+            raise argparse.ArgumentTypeError(f"there is no scheme {name!r}; there are {', '.join(SCHEMES)}")
+    return names
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)(KiB|MiB|GiB)", text)
+    if not match:
+        raise argparse.ArgumentTypeError("must be a size: 65536KiB, 64MiB or 1GiB")
+    return int(match[1]) << {"KiB": 10, "MiB": 20, "GiB": 30}[match[2]]
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError("must be a number from 0.1 to 10000")
+    return value

@@ -1,0 +1,166 @@
+"""One row of the bench: a cluster under one scheme, and repetitions on it.
+
+A repetition is `batch` answers at the same time. Every session first takes its prompt and gives one token; when all
+of them have, they decode `tokens` more together. Only this second phase counts, but for the time to the first token.
+It is a turn of its own, and a turn begins with a token from the client: its first step has two rows. An
+end-of-sequence token ends no answer: another turn goes on.
+"""
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from client.attestation.policy import Policy
+from client.session import Counters, Request, Session, connect
+from client.turn import Pacing
+from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
+from evaluation.processes import cpu_seconds, resident_bytes
+from wire.errors import CleaveError, DeadlineError
+from wire.model_config import ModelConfig
+
+FURTHER_TURNS = 16  # that an answer has room for
+PAD_SECONDS = 3600.0  # longest wait for a full bank
+POLL_SECONDS = 0.5
+IDLE_SHARE = 0.1  # of a core: a trusted worker that uses less makes no pads
+STEP_SECONDS = 600.0
+CLIENT = "client"
+ROLES = {CLIENT: "client", TRUSTED_WORKER: "trusted_worker", GPU_WORKER: "gpu_worker"}  # as they are reported
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every row is asked."""
+
+    context: int
+    tokens: int
+    batch: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a session must hold."""
+        return self.context + 1 + self.tokens + 1 + FURTHER_TURNS
+
+    @property
+    def decoded(self) -> int:
+        """Rows of one decode phase."""
+        return self.batch * (self.tokens + 1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition. Times in seconds; all but `first` and `pad` are of the decode phase, of all answers together."""
+
+    first: float  # to the first token: the slowest session's
+    gaps: list[float]  # per session, the mean time between two tokens
+    tokens: int
+    before: Counters
+    after: Counters
+    cpu: dict[str, float]
+    pad: float | None  # CPU seconds for one pad that was made meanwhile; None where none was
+
+
+class Rig:
+    """A running cluster. A context manager; to be entered in the main thread."""
+
+    def __init__(self, settings: Settings, load: Load, progress: Progress) -> None:
+        self.settings, self._load, self._progress = settings, load, progress
+        config = ModelConfig.from_hf(settings.model)
+        context = min(load.capacity, config.max_context)
+        self._request = Request(config.name, settings.scheme, settings.precision, max_context=context)
+        pick = random.Random(0)  # noqa: S311  (the same prompts for every row)
+        self._prompts = [[pick.randrange(config.vocabulary) for _ in range(load.context)] for _ in range(load.batch)]
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._cluster = stack.enter_context(Cluster(self.settings, self._progress))
+            self._worker = stack.enter_context(connect(self._cluster.target, Policy()))
+            self._threads = stack.enter_context(ThreadPoolExecutor(self._load.batch))
+            self._fill_bank()
+            self.repeat()  # warms everything up
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def repeat(self) -> Sample:
+        """One repetition; afterwards the cluster is at rest, with its bank as full as it gets."""
+        self._progress(f"measuring {self.settings.scheme} {self.settings.precision}", 0)
+        try:
+            return self._measure()
+        except CleaveError:
+            self._cluster.check()  # a worker that died explains itself better
+            raise
+
+    def resident(self) -> dict[str, int]:
+        """Resident bytes by role, now."""
+        return {ROLES[role]: resident_bytes(pid) for role, pid in self._pids().items()}
+
+    def _measure(self) -> Sample:
+        sessions = [self._worker.open(self._request) for _ in self._prompts]
+        try:
+            started = time.monotonic()
+            firsts = list(self._threads.map(_decode, sessions, self._prompts, itertools.repeat(1)))
+            early = self._fill_bank()
+            before, cpu = self._worker.counters(), self._cpu()
+            times = list(
+                self._threads.map(_decode, sessions, itertools.repeat([0]), itertools.repeat(self._load.tokens))
+            )
+            after, used = self._worker.counters(), self._cpu()
+        finally:
+            for session in sessions:
+                session.close()
+        late = self._fill_bank()
+        return Sample(
+            max(first[0] for first in firsts) - started,
+            [(one[-1] - one[0]) / (len(one) - 1) for one in times],
+            sum(map(len, times)),
+            before,
+            after,
+            {role: used[role] - cpu[role] for role in used},
+            early if late is None else late,
+        )
+
+    def _fill_bank(self) -> float | None:
+        """Wait until no more pads are made. CPU seconds for one of those made meanwhile, if any."""
+        if not self._worker.counters().pads_capacity:
+            return None
+        pid, started = self._cluster.pids[TRUSTED_WORKER], time.monotonic()
+        first, stock, used, busy = cpu_seconds(pid), self._worker.counters().pads_in_stock, cpu_seconds(pid), True
+        while busy:
+            self._progress("making one-time pads", time.monotonic() - started)
+            time.sleep(POLL_SECONDS)
+            counters, now = self._worker.counters(), cpu_seconds(pid)
+            busy = now - used > IDLE_SHARE * POLL_SECONDS or 2 * counters.pads_in_stock <= counters.pads_capacity
+            used = now
+            if time.monotonic() - started > PAD_SECONDS:
+                raise DeadlineError(f"the bank of pads was not full after {PAD_SECONDS:g} s: try a smaller --pad-bank")
+        made = counters.pads_in_stock - stock
+        return (used - first) / made if made > 0 else None
+
+    def _cpu(self) -> dict[str, float]:
+        return {ROLES[role]: cpu_seconds(pid) for role, pid in self._pids().items()}
+
+    def _pids(self) -> dict[str, int]:
+        return {CLIENT: os.getpid(), **self._cluster.pids}
+
+
+def _decode(session: Session, ids: list[int], count: int) -> list[float]:
+    """When each of `count` tokens came."""
+    times: list[float] = []
+    while len(times) < count:
+        turn = session.turn(ids, Pacing(max_new_tokens=count - len(times), step_seconds=STEP_SECONDS))
+        times += [time.monotonic() for _ in turn]
+        if turn.finish_reason == "context":
+            break
+        ids = ids[:1]
+    return times

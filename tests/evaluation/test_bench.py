@@ -1,0 +1,84 @@
+"""cleave-bench over real processes: the demo model, two schemes, a few tokens; and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "evaluation.bench"]
+
+
+def bench(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *flags], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+
+
+def test_two_schemes_beside_each_other() -> None:
+    flags = ["--schemes", "tee-only,secure-infer", "--precision", "int8", "--context", "5", "--tokens", "4"]
+    done = bench(*flags, "--batch", "2", "--repeat", "1", "--json", "--markdown")
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    result = json.loads(last)
+    inside, masked = result["rows"]
+    assert [(row["scheme"], row["precision"]) for row in (inside, masked)] == [
+        ("tee-only", "int8"),
+        ("secure-infer", "int8"),
+    ]
+    assert (result["model"], result["context"], result["tokens"], result["batch"]) == ("demo", 5, 4, 2)
+    assert inside["exchanges_per_token"] == inside["bytes_per_token"] == 0
+    assert masked["exchanges_per_token"] >= 25 / 2  # two sessions share a step at best
+    assert masked["bytes_per_token"] > 50_000
+    assert masked["pad_seconds_per_token"] > 0
+    assert set(inside["cpu_seconds_per_token"]) == {"client", "trusted_worker"}
+    assert set(masked["cpu_seconds_per_token"]) == {"client", "trusted_worker", "gpu_worker"}
+    assert sum(masked["shares"].values()) == pytest.approx(1)
+    assert all(0 < share < 1 for share in masked["shares"].values())
+    assert any(line.startswith("| secure-infer | int8 |") for line in table)
+
+
+@pytest.mark.parametrize("flags", [["--schemes", "tee-only", "--repeat", "1000"], ["--soak", "--schemes", "tee-only"]])
+def test_an_interrupt_leaves_nothing_behind(flags: list[str], tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        assert running.stderr
+        seen = [running.stderr.readline()]
+        while not seen[-1].startswith(("measuring", "answering")):
+            assert seen[-1], "it ended by itself"
+            seen.append(running.stderr.readline())
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        assert children
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+        assert running.wait(60) == 130
+    assert rest.splitlines()[-1] == "cleave-bench: interrupted"
+    assert "Traceback" not in rest
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_that_the_model_lacks_is_one_line() -> None:
+    done = bench("--context", "5000", "--schemes", "plain")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("cleave-bench: a context of ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_none_is_one_line() -> None:
+    done = bench("--model", "/nowhere")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "cleave-bench: /nowhere is not a folder: give a local folder in Hugging Face layout (config.json and "
+        "*.safetensors); model names of a hub are not downloaded\n"
+    )
+
+
+def test_a_worker_that_refuses_names_its_row() -> None:
+    done = bench("--schemes", "tee-only", "--precision", "int8", "--memory-budget", "64KiB", "--repeat", "1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("cleave-bench: tee-only int8: the trusted worker stopped")

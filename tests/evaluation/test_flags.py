@@ -1,0 +1,61 @@
+"""The command line of cleave-bench."""
+
+import pytest
+
+from evaluation import flags
+
+BAD = {
+    "an unknown scheme": (["--schemes", "plain,magic"], "no scheme 'magic'"),
+    "a scheme without this precision": (["--schemes", "secure-infer", "--precision", "float32"], "secure-infer"),
+    "an unknown precision": (["--precision", "int4"], "int4"),
+    "one token": (["--tokens", "1"], "whole number from 2"),
+    "no batch": (["--batch", "0"], "whole number from 1"),
+    "half a repetition": (["--repeat", "0.5"], "whole number"),
+    "a size without a unit": (["--pad-bank", "64"], "64MiB"),
+    "the old flag": (["--scheme", "plain"], "--scheme"),
+    "minutes without soak": (["--minutes", "3"], "--minutes needs --soak"),
+    "tokens with soak": (["--soak", "--tokens", "3"], "--tokens does not go with --soak"),
+    "one at a time with soak": (["--soak", "--one-at-a-time"], "--one-at-a-time does not go with --soak"),
+    "no time": (["--soak", "--minutes", "0"], "0.1"),
+    "a log that cannot be": (["--soak", "--log", "/nowhere/log"], "/nowhere/log"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_makes_no_sense_is_refused_in_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, words = BAD[case]
+    with pytest.raises(SystemExit) as left:
+        flags.parse(arguments)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_every_row_is_measured_by_default() -> None:
+    options = flags.parse([])
+    assert options.rows == list(flags.ROWS)
+    assert (options.context, options.tokens, options.batch, options.repeat) == (32, 64, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (["--schemes", "secure-infer,plain"], [("plain", "float32"), ("plain", "int8"), ("secure-infer", "int8")]),
+        (["--schemes", "kv-shield,kv-shield"], [("kv-shield", "float32")]),
+        (
+            ["--precision", "float32"],
+            [(scheme, "float32") for scheme in ("plain", "kv-shield", "split", "tee-only")],
+        ),
+        (["--schemes", "split,tee-only", "--precision", "int8"], [("split", "int8"), ("tee-only", "int8")]),
+    ],
+)
+def test_rows_are_chosen_by_scheme_and_precision(arguments: list[str], rows: list[tuple[str, str]]) -> None:
+    assert flags.parse(arguments).rows == rows
+
+
+def test_a_soak_has_its_own_defaults() -> None:
+    options = flags.parse(["--soak", "--memory-budget", "2MiB"])
+    assert (options.minutes, options.clients, options.seed, options.schemes) == (30.0, 8, 0, ("secure-infer",))
+    assert options.memory_budget == 2 << 20
+    assert options.rows == []

@@ -1,0 +1,33 @@
+"""What the kernel says of processes, against what we know of this one."""
+
+import os
+import time
+
+import pytest
+
+from evaluation.processes import cpu_seconds, resident_bytes
+
+
+def test_cpu_time_is_that_of_the_process() -> None:
+    before = cpu_seconds(os.getpid())
+    assert abs(before - time.process_time()) < 1
+    while time.process_time() < before + 0.1:
+        pass
+    assert cpu_seconds(os.getpid()) > before
+
+
+def test_resident_memory_grows_with_what_is_written() -> None:
+    before = resident_bytes(os.getpid())
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert resident_bytes(os.getpid()) - before > 48 << 20
+
+
+def test_a_process_that_is_gone_is_an_error() -> None:
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    for read in (cpu_seconds, resident_bytes):
+        with pytest.raises(OSError, match="No such file"):
+            read(gone)

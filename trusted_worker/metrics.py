@@ -1,0 +1,50 @@
+"""What an operator may watch: counters of the service, and two latencies as histograms. Nothing about one prompt.
+
+Names: `gen_ai_server_*` are OpenTelemetry's (semantic conventions for generative AI), `*_tokens_total` and
+`num_requests_*` are vLLM's with our prefix, the rest is ours. `cleave_pads_reused_total` must stay 0: alert on it.
+"""
+
+from wire.metrics import Histogram, Metric, render
+from wire.v1 import trusted_worker_pb2 as pb
+
+
+class Latencies:
+    """Written by the compute thread. Times a client lets pass without credit do not count."""
+
+    def __init__(self) -> None:
+        self.first_token, self.next_token = Histogram(), Histogram()
+        self.prompt_tokens = self.generated_tokens = 0
+
+
+def text(stats: pb.StatsResponse, latencies: Latencies, running: int, queued: int) -> str:
+    """The page that Prometheus reads."""
+    return render(_metrics(stats, latencies, running, queued), f'scheme="{stats.scheme}"')
+
+
+def _metrics(stats: pb.StatsResponse, latencies: Latencies, running: int, queued: int) -> list[Metric]:
+    return [
+        ("gen_ai_server_time_to_first_token_seconds", "From a prompt to its first token.", latencies.first_token),
+        ("gen_ai_server_time_per_output_token_seconds", "Between tokens of an answer.", latencies.next_token),
+        ("cleave_prompt_tokens_total", "Tokens that clients sent.", latencies.prompt_tokens),
+        ("cleave_generation_tokens_total", "Tokens that were sampled.", latencies.generated_tokens),
+        ("cleave_num_requests_running", "Sessions within a turn.", running),
+        ("cleave_num_requests_waiting", "Calls that wait for the compute thread.", queued),
+        ("cleave_sessions", "Sessions that are open.", stats.sessions),
+        ("cleave_exchanges_total", "Exchanges with the GPU worker.", stats.exchanges),
+        ("cleave_wire_bytes_up_total", "Bytes to the GPU worker.", stats.wire_bytes_up),
+        ("cleave_wire_bytes_down_total", "Bytes from the GPU worker.", stats.wire_bytes_down),
+        ("cleave_step_seconds_total", "Time in steps of the model.", stats.step_seconds),
+        ("cleave_exchange_seconds_total", "Time in exchanges.", stats.exchange_seconds),
+        ("cleave_pads_in_stock", "One-time pads made in advance.", stats.pads_in_stock),
+        ("cleave_pads_capacity", "Pads that the bank holds.", stats.pads_capacity),
+        ("cleave_pads_issued_total", "Pads that were spent.", stats.pads_issued),
+        ("cleave_pads_reused_total", "Refused second uses of a pad. Must be 0.", stats.pads_reused),
+        ("cleave_products_verified_total", "Products that passed their check.", stats.products_verified),
+        ("cleave_products_failed_total", "Products that did not.", stats.products_failed),
+        ("cleave_products_inside_total", "Products computed without the GPU worker.", stats.products_inside),
+        ("cleave_pages_sealed_total", "Pages of KV caches that were parked.", stats.pages_sealed),
+        ("cleave_arena_used_bytes", "Secure memory in use.", stats.memory_used),
+        ("cleave_arena_peak_bytes", "The most that was in use.", stats.memory_peak),
+        ("cleave_arena_limit_bytes", "The memory budget.", stats.memory_budget),
+        ("process_resident_memory_bytes", "Resident memory of the process.", stats.rss),
+    ]

@@ -1,0 +1,120 @@
+"""The life of the process: listen, load, serve, drain, end. Health and metrics are answered by the asyncio thread."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from trusted_worker.config import Settings
+from trusted_worker.server import TrustedWorker
+from trusted_worker.service import Service
+from wire import channel, metrics
+from wire.errors import DeniedError, PreconditionError, UnavailableError
+from wire.messages import Parser
+from wire.sealing import NoSeal
+from wire.v1 import trusted_worker_pb2, trusted_worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+NAME = trusted_worker_pb2.DESCRIPTOR.services_by_name["TrustedWorkerService"].full_name
+WATCH_SECONDS = 0.25
+GRACE_SECONDS = 1.0  # for calls that are under way when everything ends
+MAX_CALLS = 256  # at once, of all clients
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises CleaveError when the model or an address cannot be used."""
+    encrypted = settings.tls_certificate is not None
+    for address, safe in ((settings.listen, False), (settings.gpu_worker, encrypted)):
+        if address and not channel.is_local(address) and not safe and not settings.insecure_plaintext:
+            raise DeniedError(
+                f"{address} is not on this machine and nothing is encrypted: use loopback, a Unix socket, or "
+                "(to the GPU worker) --tls-certificate, or say --insecure-plaintext"
+            )
+    asyncio.run(_serve(Service(settings), settings))
+
+
+async def _serve(service: Service, settings: Settings) -> None:
+    server = grpc.aio.server(
+        options=channel.server_options(), maximum_concurrent_rpcs=MAX_CALLS, interceptors=[Parser()]
+    )
+    trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(
+        TrustedWorker(service, NoSeal(), settings), server
+    )
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    await _report(healthy, serving=False)
+    if settings.reflection:
+        _reflect(server)
+    try:
+        port = server.add_insecure_port(settings.listen)
+    except RuntimeError:
+        raise UnavailableError(f"cannot listen on {settings.listen}: is the address in use?") from None
+    page = await metrics.serve(settings.metrics, service.metrics) if settings.metrics else None
+    await server.start()
+    unix = settings.listen.startswith("unix:")
+    print("listening on", settings.listen if unix else f"{settings.listen.rpartition(':')[0]}:{port}", flush=True)
+    service.engine.start()
+    try:
+        await _until_stopped(service, settings, healthy)
+    finally:
+        service.engine.stop()
+        if page is not None:
+            page.close()
+        await server.stop(GRACE_SECONDS)
+
+
+async def _until_stopped(service: Service, settings: Settings, healthy: Any) -> None:
+    """Watch deadlines until a signal comes, then drain. Raises what loading the model raised."""
+    stopping, changed = asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:
+        stopping.set()
+        changed.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    loading = asyncio.wrap_future(service.engine.loaded)
+    loading.add_done_callback(lambda _: changed.set())
+    served = False
+    while not stopping.is_set():
+        service.worker.expire()
+        if loading.done() and not served:
+            loading.result()
+            served = True
+            await _report(healthy, serving=True)
+            print("serving", flush=True)
+        changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), WATCH_SECONDS)
+    await _report(healthy, serving=False)
+    stopping.clear()  # another signal ends the draining
+    await _drain(service, settings.drain_seconds, stopping)
+
+
+async def _drain(service: Service, seconds: float, stopping: asyncio.Event) -> None:
+    """No new sessions; answers that are under way may end."""
+    service.draining = True
+    log.info("draining: %d answers are under way", service.engine.running)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while service.engine.running and not stopping.is_set():
+                service.worker.expire()
+                await asyncio.sleep(WATCH_SECONDS / 10)
+
+
+async def _report(healthy: Any, serving: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    for service in ("", NAME):
+        await healthy.set(service, status)
+
+
+def _reflect(server: grpc.aio.Server) -> None:
+    try:
+        from grpc_reflection.v1alpha import reflection
+    except ImportError:
+        raise PreconditionError("--reflection needs the package grpcio-reflection") from None
+    reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
