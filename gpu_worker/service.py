@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gpu_worker.compute import Compute
 from gpu_worker.config import Settings
@@ -18,6 +17,7 @@ from gpu_worker.server import Servicer, make_server
 from gpu_worker.traffic import Traffic
 from wire import metrics
 from wire.errors import PreconditionError
+from wire.health import Health
 from wire.v1 import gpu_worker_pb2 as pb
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ async def serve(settings: Settings) -> None:
     stop = _on_signals(last)
     compute = Compute(partial(_make_worker, settings, folders))
     server = make_server(Servicer(compute, list(folders), settings.ring_only, traffic, settings.request_seconds))
-    healthy = await _add_health(server)
+    healthy = Health(NAME)
+    await healthy.add(server)
     if settings.reflection:
-        _add_reflection(server)
+        healthy.reflect(server)
     address = _bind(server, settings)  # before there is a compute thread, which would have to be waited for
     page = await metrics.serve(settings.metrics, partial(_page, traffic, compute)) if settings.metrics else None
     if settings.device == "cuda":
@@ -47,7 +48,7 @@ async def serve(settings: Settings) -> None:
     try:
         await _until_stopped(compute, healthy, stop)
         traffic.draining = True
-        await healthy.enter_graceful_shutdown()
+        await healthy.report(serving=False)
         log.info("draining: %d streams are open", traffic.streams)
         await _first_of(traffic.quiet(), last.wait(), seconds=settings.drain_seconds)
     finally:
@@ -79,13 +80,13 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> str:
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
-async def _until_stopped(compute: Compute, healthy: Any, stop: asyncio.Event) -> None:
+async def _until_stopped(compute: Compute, healthy: Health, stop: asyncio.Event) -> None:
     """Serving from when the worker exists. Raises what making it raised."""
     ready = asyncio.create_task(compute.worker())
     await _first_of(ready, stop.wait())
     if ready.done():
         log.info("ready on %s", ready.result().device)
-        await _report(healthy, health_pb2.HealthCheckResponse.SERVING)
+        await healthy.report(serving=True)
         await stop.wait()
 
 
@@ -95,28 +96,6 @@ async def _first_of(*waits: Awaitable[Any], seconds: float | None = None) -> Non
     await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-
-
-async def _add_health(server: grpc.aio.Server) -> Any:
-    """Health checks are answered by this thread, whatever the compute thread does."""
-    healthy = health.aio.HealthServicer()
-    await _report(healthy, health_pb2.HealthCheckResponse.NOT_SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    return healthy
-
-
-async def _report(healthy: Any, status: int) -> None:
-    for service in ("", NAME):
-        await healthy.set(service, status)
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    """Raises PreconditionError where the package is missing."""
-    try:
-        from grpc_reflection.v1alpha import reflection
-    except ImportError:
-        raise PreconditionError("--reflection needs the package grpcio-reflection") from None
-    reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
 def _make_worker(settings: Settings, folders: dict[str, Path]) -> "Worker":

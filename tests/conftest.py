@@ -1,7 +1,7 @@
 """Model folders and schemes that all tests share. Folders are made once a session."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from wire.checkpoint import Checkpoint
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as pb
 
-__all__ = ["MODELS", "Rig", "build", "free_port", "greedy_reference", "model_folder", "one_run", "transformers_logits"]
+__all__ = ["MODELS", "Rig", "build", "greedy_reference", "model_folder", "one_run", "transformers_logits"]
 
 
 @pytest.fixture(scope="session")
@@ -136,13 +136,3 @@ def _plain(folder: Path, precision: str) -> Rig:
     number = pb.PRECISION_INT8 if precision == "int8" else pb.PRECISION_FLOAT32
     outside = InProcessWorker(folder, config, number)
     return Rig(Plain(config, outside), outside, config, SecureMemory(1 << 16))
-
-
-@pytest.fixture
-def free_port() -> Iterator[int]:
-    """A port that was free a moment ago."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        yield probe.getsockname()[1]

@@ -165,18 +165,18 @@ class Service:
 
     def _build(self) -> Scheme:
         settings, memory = self._settings, self._memory
-        if settings.scheme == "plain":
-            self._refuse_sealed()
-            return Plain(self.config, self.worker, KvType[settings.kv_dtype.upper()])
         if settings.scheme == "kv-shield":
             return self._kv_shield()
+        if settings.scheme != "tee-only":
+            self._refuse_sealed()
+        if settings.scheme == "plain":
+            return Plain(self.config, self.worker, KvType[settings.kv_dtype.upper()])
         checkpoint = self._checkpoint()
         int8 = settings.precision == "int8"
         weights = Weights(checkpoint, self.config, memory, int8)
         scratch = self._scratch(lambda rows: scratch_bytes(weights, rows))
         if settings.scheme == "tee-only":
             return TeeOnly(weights, memory, scratch, int8)
-        self._refuse_sealed()
         if settings.scheme == "split":
             return Split(weights, memory, scratch, self.worker, int8)
         boot_key = secrets.token_bytes(32)
@@ -195,7 +195,7 @@ class Service:
             kv_type=kv_type,
             rotate_every=settings.rotate_every,
             seal_idle=settings.seal_idle,
-            provision_all=is_sealed(settings.model),
+            provision_all=settings.model_key_file is not None,
         )
         scratch = self._scratch(lambda rows: kv_shield.scratch_bytes(self.config, kv_type, rows))
         pages = PageStore(secrets.token_bytes(32), settings.spill_dir)

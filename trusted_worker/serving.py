@@ -4,16 +4,15 @@ import asyncio
 import contextlib
 import logging
 import signal
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from trusted_worker.config import Settings
 from trusted_worker.server import TrustedWorker
 from trusted_worker.service import Service
 from wire import channel, metrics
-from wire.errors import DeniedError, PreconditionError, UnavailableError
+from wire.errors import DeniedError, UnavailableError
+from wire.health import Health
 from wire.messages import Parser
 from wire.sealing import NoSeal
 from wire.v1 import trusted_worker_pb2, trusted_worker_pb2_grpc
@@ -44,11 +43,10 @@ async def _serve(service: Service, settings: Settings) -> None:
     trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(
         TrustedWorker(service, NoSeal(), settings), server
     )
-    healthy = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    await _report(healthy, serving=False)
+    healthy = Health(NAME)
+    await healthy.add(server)
     if settings.reflection:
-        _reflect(server)
+        healthy.reflect(server)
     try:
         port = server.add_insecure_port(settings.listen)
     except RuntimeError:
@@ -67,7 +65,7 @@ async def _serve(service: Service, settings: Settings) -> None:
         await server.stop(GRACE_SECONDS)
 
 
-async def _until_stopped(service: Service, settings: Settings, healthy: Any) -> None:
+async def _until_stopped(service: Service, settings: Settings, healthy: Health) -> None:
     """Watch deadlines until a signal comes, then drain. Raises what loading the model raised."""
     stopping, changed = asyncio.Event(), asyncio.Event()
 
@@ -85,12 +83,12 @@ async def _until_stopped(service: Service, settings: Settings, healthy: Any) -> 
         if loading.done() and not served:
             loading.result()
             served = True
-            await _report(healthy, serving=True)
+            await healthy.report(serving=True)
             print("serving", flush=True)
         changed.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(changed.wait(), WATCH_SECONDS)
-    await _report(healthy, serving=False)
+    await healthy.report(serving=False)
     stopping.clear()  # another signal ends the draining
     await _drain(service, settings.drain_seconds, stopping)
 
@@ -104,17 +102,3 @@ async def _drain(service: Service, seconds: float, stopping: asyncio.Event) -> N
             while service.engine.running and not stopping.is_set():
                 service.worker.expire()
                 await asyncio.sleep(WATCH_SECONDS / 10)
-
-
-async def _report(healthy: Any, serving: bool) -> None:
-    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-    for service in ("", NAME):
-        await healthy.set(service, status)
-
-
-def _reflect(server: grpc.aio.Server) -> None:
-    try:
-        from grpc_reflection.v1alpha import reflection
-    except ImportError:
-        raise PreconditionError("--reflection needs the package grpcio-reflection") from None
-    reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.client.fake_worker import FakeWorker, Script
+from tests.client.fake_worker import FakeWorker, Script, scripted_workers
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -33,15 +33,7 @@ TEMPLATE = (
 @pytest.fixture
 def serve() -> Iterator[Callable[[Script], FakeWorker]]:
     """Starts scripted workers, and stops them."""
-    running: list[FakeWorker] = []
-
-    def start(script: Script) -> FakeWorker:
-        running.append(FakeWorker(script))
-        return running[-1]
-
-    yield start
-    for worker in running:
-        worker.stop()
+    yield from scripted_workers()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ always has tokens to drain. It records every frame, and the most tokens that wer
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from queue import Queue
@@ -163,3 +163,16 @@ class _Decoding:
     def _final(self, reason: pb.FinishReason.ValueType) -> pb.DecodeResponse:
         self._answer, self._credit = None, 0
         return pb.DecodeResponse(final=pb.Final(reason=reason, context_tokens=self._context + self._script.miscount))
+
+
+def scripted_workers() -> Iterator[Callable[[Script], FakeWorker]]:
+    """What a fixture yields: starts workers, and stops them."""
+    running: list[FakeWorker] = []
+
+    def start(script: Script) -> FakeWorker:
+        running.append(FakeWorker(script))
+        return running[-1]
+
+    yield start
+    for worker in running:
+        worker.stop()

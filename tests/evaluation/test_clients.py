@@ -11,7 +11,7 @@ from client.attestation.policy import Policy
 from client.session import Request, connect
 from evaluation import clients
 from evaluation.clients import Client, Turn, answered, conversations
-from tests.client.fake_worker import EOS, FakeWorker, Script
+from tests.client.fake_worker import EOS, FakeWorker, Script, scripted_workers
 from wire.errors import VerificationError
 
 REQUEST = Request("demo", "secure-infer", "int8")
@@ -20,15 +20,7 @@ TWO_TURNS = (Turn((1, 2), 3, (7, 8, 9)), Turn((4,), 2, (5, EOS)))
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Script], FakeWorker]]:
-    running: list[FakeWorker] = []
-
-    def start(script: Script) -> FakeWorker:
-        running.append(FakeWorker(script))
-        return running[-1]
-
-    yield start
-    for worker in running:
-        worker.stop()
+    yield from scripted_workers()
 
 
 def one_conversation(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch, leaving: float = 0.0) -> Client:
