@@ -580,6 +580,20 @@ class Wipe(google.protobuf.message.Message):
 global___Wipe = Wipe
 
 @typing.final
+class RingLookup(google.protobuf.message.Message):
+    """Ring: z.E_q modulo 2^32 for int32[m, vocabulary] z and the int8 embedding table E_q[vocabulary, hidden]; the answer
+    is int32[m, hidden]. With z = one-hot + pad it is a lookup that shows no token.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___RingLookup = RingLookup
+
+@typing.final
 class Operation(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -589,6 +603,7 @@ class Operation(google.protobuf.message.Message):
     CACHE_FIELD_NUMBER: builtins.int
     CHAIN_FIELD_NUMBER: builtins.int
     PROVISION_FIELD_NUMBER: builtins.int
+    RING_LOOKUP_FIELD_NUMBER: builtins.int
     @property
     def ring_matmul(self) -> global___RingMatmul: ...
     @property
@@ -601,6 +616,8 @@ class Operation(google.protobuf.message.Message):
     def chain(self) -> global___Chain: ...
     @property
     def provision(self) -> global___Provision: ...
+    @property
+    def ring_lookup(self) -> global___RingLookup: ...
     def __init__(
         self,
         *,
@@ -610,10 +627,11 @@ class Operation(google.protobuf.message.Message):
         cache: global___Cache | None = ...,
         chain: global___Chain | None = ...,
         provision: global___Provision | None = ...,
+        ring_lookup: global___RingLookup | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cache", b"cache", "chain", b"chain", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "provision", b"provision", "ring_matmul", b"ring_matmul"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "chain", b"chain", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "provision", b"provision", "ring_matmul", b"ring_matmul"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["ring_matmul", "matmul", "forward", "cache", "chain", "provision"] | None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache", "chain", b"chain", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "provision", b"provision", "ring_lookup", b"ring_lookup", "ring_matmul", b"ring_matmul"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "chain", b"chain", "forward", b"forward", "kind", b"kind", "matmul", b"matmul", "provision", b"provision", "ring_lookup", b"ring_lookup", "ring_matmul", b"ring_matmul"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["ring_matmul", "matmul", "forward", "cache", "chain", "provision", "ring_lookup"] | None: ...
 
 global___Operation = Operation
 

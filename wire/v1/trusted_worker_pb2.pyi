@@ -179,6 +179,8 @@ class OpenResponse(google.protobuf.message.Message):
     MAX_CONTEXT_FIELD_NUMBER: builtins.int
     VOCABULARY_FIELD_NUMBER: builtins.int
     MAX_FRAME_TOKENS_FIELD_NUMBER: builtins.int
+    CLIENT_EMBEDS_FIELD_NUMBER: builtins.int
+    HIDDEN_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """16 random bytes: whoever knows them holds the session"""
     model: builtins.str
@@ -187,6 +189,10 @@ class OpenResponse(google.protobuf.message.Message):
     max_context: builtins.int
     vocabulary: builtins.int
     max_frame_tokens: builtins.int
+    client_embeds: builtins.bool
+    """every token's embedding comes from the client: see DecodeRequest"""
+    hidden: builtins.int
+    """width of an embedding"""
     def __init__(
         self,
         *,
@@ -197,8 +203,10 @@ class OpenResponse(google.protobuf.message.Message):
         max_context: builtins.int = ...,
         vocabulary: builtins.int = ...,
         max_frame_tokens: builtins.int = ...,
+        client_embeds: builtins.bool = ...,
+        hidden: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_context", b"max_context", "max_frame_tokens", b"max_frame_tokens", "model", b"model", "precision", b"precision", "scheme", b"scheme", "session", b"session", "vocabulary", b"vocabulary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_embeds", b"client_embeds", "hidden", b"hidden", "max_context", b"max_context", "max_frame_tokens", b"max_frame_tokens", "model", b"model", "precision", b"precision", "scheme", b"scheme", "session", b"session", "vocabulary", b"vocabulary"]) -> None: ...
 
 global___OpenResponse = OpenResponse
 
@@ -210,11 +218,16 @@ class DecodeRequest(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     CREDIT_FIELD_NUMBER: builtins.int
     END_TURN_FIELD_NUMBER: builtins.int
+    EMBEDDINGS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     credit: builtins.int
     """tokens that the server may send on top of what it may send already"""
     end_turn: builtins.bool
     """send FINAL now"""
+    embeddings: builtins.bytes
+    """Where the client embeds: little-endian float32[n, hidden], one row for each token of the context that has none yet,
+    in order: the token that the server sent last, if it is still without one, then token_ids. Finite and bounded.
+    """
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """appended to the context"""
@@ -226,8 +239,9 @@ class DecodeRequest(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         credit: builtins.int = ...,
         end_turn: builtins.bool = ...,
+        embeddings: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["credit", b"credit", "end_turn", b"end_turn", "session", b"session", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["credit", b"credit", "embeddings", b"embeddings", "end_turn", b"end_turn", "session", b"session", "token_ids", b"token_ids"]) -> None: ...
 
 global___DecodeRequest = DecodeRequest
 
@@ -377,6 +391,20 @@ class StatsResponse(google.protobuf.message.Message):
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     EXCHANGE_SECONDS_FIELD_NUMBER: builtins.int
     WORKER_SECONDS_FIELD_NUMBER: builtins.int
+    TEE_PROFILE_FIELD_NUMBER: builtins.int
+    MEMORY_WIPED_ON_FORK_FIELD_NUMBER: builtins.int
+    MEMORY_NOT_DUMPED_FIELD_NUMBER: builtins.int
+    PROCESS_LIMIT_FIELD_NUMBER: builtins.int
+    PROCESS_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    SWITCH_US_FIELD_NUMBER: builtins.int
+    EMBEDDING_FIELD_NUMBER: builtins.int
+    WEIGHTS_RESIDENT_FIELD_NUMBER: builtins.int
+    TILES_UNCHECKED_FIELD_NUMBER: builtins.int
+    TILES_READ_FIELD_NUMBER: builtins.int
+    TABLE_SCANS_FIELD_NUMBER: builtins.int
+    KV_PAGES_CAPACITY_FIELD_NUMBER: builtins.int
+    KV_PAGES_USED_FIELD_NUMBER: builtins.int
+    SPILL_BYTES_FIELD_NUMBER: builtins.int
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     exchanges: builtins.int
@@ -411,6 +439,31 @@ class StatsResponse(google.protobuf.message.Message):
     """of these and of idle work, waiting for the GPU worker"""
     worker_seconds: builtins.float
     """of these, what the GPU worker says that it computed"""
+    tee_profile: builtins.str
+    """name of the memory profile; empty: a budget was given as a number"""
+    memory_wiped_on_fork: builtins.bool
+    memory_not_dumped: builtins.bool
+    process_limit: builtins.str
+    """what bounds the whole process: cgroup, rlimit-data, or not enforced"""
+    process_limit_bytes: builtins.int
+    """0: not enforced"""
+    switch_us: builtins.int
+    """microseconds charged for each exchange as a world switch; 0: none"""
+    embedding: builtins.str
+    """resident, lookup, scan, read or client"""
+    weights_resident: builtins.bool
+    """all linears lie in the budget; else they come from disk tile by tile"""
+    tiles_unchecked: builtins.bool
+    """tiles are used without their digest: --insecure-unchecked-tiles"""
+    tiles_read: builtins.int
+    """from disk, since the start"""
+    table_scans: builtins.int
+    """of the whole embedding table"""
+    kv_pages_capacity: builtins.int
+    """pages that the budget holds"""
+    kv_pages_used: builtins.int
+    spill_bytes: builtins.int
+    """parked outside the budget: pads, pages, tiles"""
     def __init__(
         self,
         *,
@@ -439,7 +492,21 @@ class StatsResponse(google.protobuf.message.Message):
         step_seconds: builtins.float = ...,
         exchange_seconds: builtins.float = ...,
         worker_seconds: builtins.float = ...,
+        tee_profile: builtins.str = ...,
+        memory_wiped_on_fork: builtins.bool = ...,
+        memory_not_dumped: builtins.bool = ...,
+        process_limit: builtins.str = ...,
+        process_limit_bytes: builtins.int = ...,
+        switch_us: builtins.int = ...,
+        embedding: builtins.str = ...,
+        weights_resident: builtins.bool = ...,
+        tiles_unchecked: builtins.bool = ...,
+        tiles_read: builtins.int = ...,
+        table_scans: builtins.int = ...,
+        kv_pages_capacity: builtins.int = ...,
+        kv_pages_used: builtins.int = ...,
+        spill_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "step_seconds", b"step_seconds", "tokens", b"tokens", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["embedding", b"embedding", "exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "kv_pages_capacity", b"kv_pages_capacity", "kv_pages_used", b"kv_pages_used", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_not_dumped", b"memory_not_dumped", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "memory_wiped_on_fork", b"memory_wiped_on_fork", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "process_limit", b"process_limit", "process_limit_bytes", b"process_limit_bytes", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "spill_bytes", b"spill_bytes", "step_seconds", b"step_seconds", "switch_us", b"switch_us", "table_scans", b"table_scans", "tee_profile", b"tee_profile", "tiles_read", b"tiles_read", "tiles_unchecked", b"tiles_unchecked", "tokens", b"tokens", "weights_resident", b"weights_resident", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
 
 global___StatsResponse = StatsResponse
