@@ -4,8 +4,9 @@ The numbers are those of wire/costs.py. With --json they are one object: `model`
 `kv_bytes_per_token` and `kv_bytes` (of the whole context) by element type, and `schemes`: by name, `precision`,
 `exchanges`, `bytes_up`, `bytes_down`, `prompt_bytes_up`, `prompt_bytes_down` (of one prompt row), `start_bytes_up`
 (on every new stream, before its first session), `macs_trusted` and `macs_worker` (by purpose), `memory_budget` and
-`memory_parts` (bytes), `pad` (`words`, `macs`, `sealed_bytes`, `bank_bytes`; null without pads),
-`link_tokens_per_second` (null without a link, or without exchanges).
+`memory_parts` (bytes), `fits_in` (names of the TEE profiles of a known size that hold it, from the smallest), `pad`
+(`words`, `macs`, `sealed_bytes`, `bank_bytes`; null without pads), `link_tokens_per_second` (null without a link, or
+without exchanges).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from wire.costs import SCHEMES, Case, Cost, cost
 from wire.errors import CheckpointError
 from wire.kv_pages import KvType, token_bytes
 from wire.model_config import ModelConfig, read_json
+from wire.profiles import PROFILES, holding
 
 Show = Callable[[float], str]
 _NOTES = """
@@ -90,6 +92,7 @@ def _scheme(found: Cost, case: Case, options: argparse.Namespace) -> dict[str, A
         "macs_worker": found.macs_worker,
         "memory_budget": sum(found.memory.values()),
         "memory_parts": found.memory,
+        "fits_in": holding(sum(found.memory.values())),
         "pad": pads and {**vars(pads), "bank_bytes": case.stock * pads.sealed_bytes},
         "link_tokens_per_second": 1 / seconds if seconds else None,
     }
@@ -117,11 +120,17 @@ def table(result: Mapping[str, Any]) -> str:
         *_parts("MACs of the trusted worker", "macs_trusted", columns, macs),
         *_parts("MACs of the GPU worker", "macs_worker", columns, macs),
         *_parts("smallest memory, trusted worker", "memory_parts", columns, size),
+        _line("smallest TEE profile that fits", ((one["fits_in"] or ["-"])[0] for one in columns)),
         *_pads(result["stock"], columns),
         *_link(columns),
     ]
     linked = any(one["link_tokens_per_second"] for one in columns)
-    return "\n".join(lines) + "\n" + _NOTES + (_LINK_NOTE if linked else "")
+    return "\n".join(lines) + "\n" + _NOTES + _profiles() + (_LINK_NOTE if linked else "")
+
+
+def _profiles() -> str:
+    sizes = ", ".join(f"{name} {size(one.bytes).replace('.0', '')}" for name, one in PROFILES.items() if one.bytes)
+    return f"TEE profiles: {sizes}.\n"
 
 
 def macs(count: float) -> str:

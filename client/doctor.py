@@ -79,10 +79,15 @@ def _machine() -> list[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     locked = "unlimited" if limit == resource.RLIM_INFINITY else size(limit)
     advice = "" if limit == resource.RLIM_INFINITY else "a larger secure memory is not locked; raise `ulimit -l`"
+    groups = Path("/sys/fs/cgroup/cgroup.controllers")
+    limited = groups.is_file() and "memory" in groups.read_text().split()
     return [
         Finding("ok", f"{cores} cores"),
         Finding("ok", f"{size(memory)} of memory"),
         Finding("ok", f"up to {locked} of locked memory", advice),
+        Finding("ok", "control groups (v2) with memory")
+        if limited
+        else Finding("absent", "control groups (v2) with memory", "RLIMIT_DATA bounds the trusted worker's process"),
     ]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wire.profiles import PROFILES
+
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
 DEFAULT_LISTEN = "127.0.0.1:7750"
 SCHEMES = ("secure-infer", "kv-shield", "split", "plain", "tee-only")
 DEFAULT_SCHEME = "secure-infer"
-_LOCAL_DEFAULTS = {"memory_budget": "64MiB", "pad_bank": "64MiB", "device": "auto", "more": ()}
+_LOCAL_DEFAULTS = {"memory_budget": None, "pad_bank": "64MiB", "device": "auto", "more": ()}
 _RATES = {"Mbit": 1e6 / 8, "Gbit": 1e9 / 8, "MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}  # bytes
 
 
@@ -84,8 +86,6 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="a folder in Hugging Face layout; default: demo")
     add("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="default: %(default)s")
     add("--precision", choices=("float32", "int8"), help="default: int8; float32 for kv-shield")
-    add("--memory-budget", metavar="SIZE", help="memory of the trusted worker; default: 64MiB")
-    add("--pad-bank", metavar="SIZE", help="sealed pads parked outside the budget; default: 64MiB")
     add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
     add(
         "--model-key-file",
@@ -95,7 +95,34 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="key of a model that `seal-model` sealed",
     )
+    _add_memory(parser.add_argument_group("memory of the trusted worker").add_argument)
     _add_kv_shield(parser.add_argument_group("kv-shield").add_argument)
+
+
+def _add_memory(add: Callable[..., argparse.Action]) -> None:
+    """Those of `more` are read by the trusted worker, which says what is wrong with them."""
+    add("--memory-budget", metavar="SIZE", help="secure memory, exactly; default: 64MiB")
+    add("--pad-bank", metavar="SIZE", help="sealed pads parked outside the budget; default: 64MiB")
+    for flag, choices, metavar, text in (
+        (
+            "--tee-profile",
+            PROFILES,
+            "NAME",
+            f"secure memory as a TEE has it: {', '.join(PROFILES)} (with --memory-budget)",
+        ),
+        ("--process-memory", None, "SIZE", "most memory of the whole process; 0: no limit; default: what it needs"),
+        ("--kv-dtype", None, "T", "elements of KV caches: float32, float16, int8; default: float32"),
+        ("--embed", None, "WHO", "client: embeddings of the tokens come from here; default: auto"),
+        ("--switch-us", None, "N", "charge N microseconds for each exchange, as a world switch; default: 0"),
+    ):
+        add(flag, action=_More, dest="more", choices=choices, metavar=metavar, help=text)
+    add(
+        "--insecure-unchecked-tiles",
+        action=_More,
+        dest="more",
+        nargs=0,
+        help="weights from disk are used without comparing their digests: to measure what that costs",
+    )
 
 
 def _add_kv_shield(add: Callable[..., argparse.Action]) -> None:
@@ -106,13 +133,6 @@ def _add_kv_shield(add: Callable[..., argparse.Action]) -> None:
         dest="more",
         metavar="WHERE",
         help="worker: permute V only, one crossing a layer; default: trusted",
-    )
-    add(
-        "--kv-dtype",
-        action=_More,
-        dest="more",
-        metavar="T",
-        help="of the cache: float32, float16, int8; default: float32",
     )
     add(
         "--rotate-every", action=_More, dest="more", metavar="N", help="new permutations every N tokens; default: never"

@@ -1,12 +1,13 @@
-"""What an answer cost, as one JSON object and as one status line. Both read the same numbers."""
+"""What an answer cost, as one JSON object and as one status line, and what `/stats` shows: all of the same counters."""
 
 from typing import Any
 
 from client.answer import Answer
 from client.attestation.policy import UNATTESTED, VerifiedPeer
 from client.session import Counters, Request
-from client.terminal import size
+from client.terminal import one_line, size
 
+_UNCHECKED = "DIGESTS ARE NOT CHECKED (--insecure-unchecked-tiles)"
 _DIFFERENCES = (
     "exchanges",
     "wire_bytes_up",
@@ -14,6 +15,23 @@ _DIFFERENCES = (
     "pads_issued",
     "products_verified",
     "products_inside",
+)
+
+_MEMORY = (
+    "kv_pages_used",
+    "kv_pages_capacity",
+    "pages_sealed",
+    "pages_restored",
+    "spill_bytes",
+    "embedding",
+    "table_scans",
+    "weights_resident",
+    "tiles_read",
+    "tiles_unchecked",
+    "switch_us",
+    "rss",
+    "process_limit",
+    "process_limit_bytes",
 )
 
 
@@ -32,7 +50,7 @@ def result(answer: Answer, request: Request, peer: VerifiedPeer) -> dict[str, An
         "time_to_first_token": answer.time_to_first_token,
         **{name: answer.difference(name) for name in _DIFFERENCES},
         "pads_reused": answer.after.pads_reused,
-        "secure_memory": {"budget": answer.after.memory_budget, "peak": answer.after.memory_peak},
+        "secure_memory": _memory(answer.after),
         "attestation": {"provider": peer.provider, "verified": peer.verified},
     }
     if request.logprobs:
@@ -47,6 +65,20 @@ def result(answer: Answer, request: Request, peer: VerifiedPeer) -> dict[str, An
     return fields
 
 
+def _memory(counters: Counters) -> dict[str, Any]:
+    """Memory after an answer, in bytes and counts since the start. `rss` is the whole process's, arena included."""
+    return {
+        "profile": counters.tee_profile,
+        "budget": counters.memory_budget,
+        "used": counters.memory_used,
+        "peak": counters.memory_peak,
+        "locked": counters.memory_locked,
+        "wiped_on_fork": counters.memory_wiped_on_fork,
+        "not_dumped": counters.memory_not_dumped,
+        **{name: getattr(counters, name) for name in _MEMORY},
+    }
+
+
 def status_line(answer: Answer, request: Request, peer: VerifiedPeer) -> str:
     """One line after an answer."""
     rate = answer.tokens_per_second
@@ -59,6 +91,10 @@ def status_line(answer: Answer, request: Request, peer: VerifiedPeer) -> str:
         *([f"{counters.pads_in_stock} pads in stock"] if counters.pads_capacity else []),
         f"secure memory {size(counters.memory_used)} of {size(counters.memory_budget)}",
     ]
+    if counters.switch_us:
+        parts.append(f"{counters.switch_us} us charged for each exchange")
+    if counters.tiles_unchecked:
+        parts.append(_UNCHECKED)
     if answer.finish_reason not in ("eos", "stop"):
         parts.append(f"ended: {answer.finish_reason}")
     return " | ".join(parts)
@@ -80,11 +116,35 @@ def table(counters: Counters) -> str:
         "pads in stock": f"{counters.pads_in_stock:,} of {counters.pads_capacity:,}",
         "products verified / rejected": f"{counters.products_verified:,} / {counters.products_failed}",
         "products computed inside": f"{counters.products_inside:,}",
-        "cache pages sealed / restored": f"{counters.pages_sealed:,} / {counters.pages_restored:,}",
         "permutations renewed": f"{counters.permutations_renewed:,}",
-        "secure memory used / peak": f"{size(counters.memory_used)} / {size(counters.memory_peak)}",
-        "secure memory budget": f"{size(counters.memory_budget)}, locked: {'yes' if counters.memory_locked else 'no'}",
-        "resident set of the process": size(counters.rss),
+        **_memory_rows(counters),
         "sessions / tokens": f"{counters.sessions} / {counters.tokens:,}",
     }
+    if counters.switch_us:
+        rows["charged for each exchange"] = f"{counters.switch_us} us, as a world switch"
     return "\n".join(f"  {name:<30} {value}" for name, value in rows.items())
+
+
+def _memory_rows(counters: Counters) -> dict[str, str]:
+    profile = f" (profile {one_line(counters.tee_profile)})" if counters.tee_profile else ""
+    read = f"from disk, {counters.tiles_read:,} tiles read" if counters.tiles_read else "-"
+    weights = "in the budget" if counters.weights_resident else read
+    scans = f", {counters.table_scans:,} scans of the table" if counters.table_scans else ""
+    limit = f", {size(counters.process_limit_bytes)}" if counters.process_limit_bytes else ""
+    return {
+        "secure memory budget": f"{size(counters.memory_budget)}{profile}",
+        "  used / peak": f"{size(counters.memory_used)} / {size(counters.memory_peak)}",
+        "  locked": _yes(counters.memory_locked),
+        "  wiped on fork / not dumped": f"{_yes(counters.memory_wiped_on_fork)} / {_yes(counters.memory_not_dumped)}",
+        "cache pages in it": f"{counters.kv_pages_used:,} of {counters.kv_pages_capacity:,}",
+        "cache pages sealed / restored": f"{counters.pages_sealed:,} / {counters.pages_restored:,}",
+        "parked outside the budget": size(counters.spill_bytes),
+        "embeddings": f"{one_line(counters.embedding) or '-'}{scans}",
+        "weights": f"{weights}; {_UNCHECKED}" if counters.tiles_unchecked else weights,
+        "whole process, resident": f"{size(counters.rss)}; interpreter and libraries: beside the arena, not inside it",
+        "  its limit": f"{one_line(counters.process_limit) or 'not enforced'}{limit}",
+    }
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"

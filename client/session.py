@@ -9,14 +9,23 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
 
 from client.attestation.policy import Policy, VerifiedPeer, verify
+from client.embedding import EmbeddingTable
 from client.turn import DecodeStream, Pacing, Turn
 from wire.channel import CONNECT_SECONDS, client_options
-from wire.errors import DeniedError, InvalidArgumentError, PreconditionError, UnavailableError, from_status
+from wire.errors import (
+    CheckpointError,
+    DeniedError,
+    InvalidArgumentError,
+    PreconditionError,
+    UnavailableError,
+    from_status,
+)
 from wire.sealing import NoSeal, Seal
 from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
 from wire.v1 import trusted_worker_pb2 as pb
@@ -44,6 +53,9 @@ class Request:
     seed: int | None = None
     logprobs: int = 0
     max_context: int = 0
+    model_folder: Path | None = (
+        None  # this client's own copy, for a trusted worker that leaves embedding to its clients
+    )
 
     def message(self) -> pb.OpenRequest:
         """The request as it travels."""
@@ -66,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Counters:
-    """The trusted worker's counters since it started. They count all of its sessions."""
+    """What Stats says, but for scheme and precision. Counts are since the start, and of all sessions."""
 
     exchanges: int
     wire_bytes_up: int
@@ -91,6 +103,20 @@ class Counters:
     step_seconds: float
     exchange_seconds: float
     worker_seconds: float
+    tee_profile: str
+    memory_wiped_on_fork: bool
+    memory_not_dumped: bool
+    process_limit: str
+    process_limit_bytes: int
+    switch_us: int
+    embedding: str
+    weights_resident: bool
+    tiles_unchecked: bool
+    tiles_read: int
+    table_scans: int
+    kv_pages_capacity: int
+    kv_pages_used: int
+    spill_bytes: int
 
     @classmethod
     def of(cls, message: pb.StatsResponse) -> Self:
@@ -101,11 +127,14 @@ class Counters:
 class Session:
     """One conversation's state on the trusted worker. `context` holds exactly the tokens that it holds."""
 
-    def __init__(self, worker: "TrustedWorker", opened: pb.OpenResponse, stream: DecodeStream) -> None:
+    def __init__(
+        self, worker: "TrustedWorker", opened: pb.OpenResponse, stream: DecodeStream, table: EmbeddingTable | None
+    ) -> None:
         self.context: list[int] = []
         self._worker = worker
         self._opened = opened
         self._stream = stream
+        self._table = table
         self._turn: Turn | None = None
 
     @property
@@ -121,7 +150,8 @@ class Session:
             raise InvalidArgumentError(
                 f"a token id is out of range: this model's ids are 0 to {self._opened.vocabulary - 1}"
             )
-        self._turn = Turn(self._stream, self._opened.session, self.context, pacing)
+        embed = self._table.rows if self._table else None
+        self._turn = Turn(self._stream, self._opened.session, self.context, pacing, embed)
         self._turn.begin(token_ids, max(self._opened.max_frame_tokens, 1))
         return self._turn
 
@@ -129,6 +159,8 @@ class Session:
         """Free the session on the trusted worker; if it cannot be told, it will notice by itself."""
         self._stream.close()
         self._worker.forget(self._opened.session)
+        if self._table:
+            self._table.close()
 
 
 class TrustedWorker:
@@ -147,11 +179,19 @@ class TrustedWorker:
         self._channel.close()
 
     def open(self, request: Request) -> Session:
-        """Open a session. Raises DeniedError when the reply does not echo the request."""
+        """Open a session. Raises DeniedError when the reply does not echo the request.
+
+        Raises PreconditionError when embedding is left to this client and its copy of the model cannot serve for it.
+        """
         sealed = self._seal.wrap(request.message())
         opened = self._seal.open(_call(lambda: self._stub.Open(sealed, timeout=OPEN_SECONDS)), pb.OpenResponse)
         _check_echo(request, opened)
-        return Session(self, opened, DecodeStream(self._stub.Decode, self._seal))
+        try:
+            table = _table(request, opened) if opened.client_embeds else None
+        except BaseException:
+            self.forget(opened.session)
+            raise
+        return Session(self, opened, DecodeStream(self._stub.Decode, self._seal), table)
 
     def counters(self) -> Counters:
         """The worker's counters now."""
@@ -208,6 +248,20 @@ def _check_echo(request: Request, opened: pb.OpenResponse) -> None:
     asked = (request.model, request.scheme, PRECISIONS[request.precision])
     if (opened.model, opened.scheme, opened.precision) != asked:
         raise DeniedError("the trusted worker opened another model, scheme or precision than was asked for")
+
+
+def _table(request: Request, opened: pb.OpenResponse) -> EmbeddingTable:
+    why = "this trusted worker leaves embedding to its clients"
+    if request.model_folder is None:
+        raise PreconditionError(f"{why}: give the folder of a local copy of the model")
+    try:
+        table = EmbeddingTable(request.model_folder, request.precision)
+    except CheckpointError as error:
+        raise PreconditionError(f"{why}: {error}") from error
+    if table.shape != (opened.vocabulary, opened.hidden):
+        table.close()
+        raise PreconditionError(f"{why}, but serves another model than the one in {request.model_folder}")
+    return table
 
 
 def _call(call: Callable[[], T]) -> T:

@@ -95,6 +95,7 @@ def _request(options: argparse.Namespace, model: str) -> Request:
         seed=options.seed,
         logprobs=options.logprobs,
         max_context=options.max_context,
+        model_folder=options.model,
     )
 
 

@@ -4,11 +4,14 @@ The server sends at most as many tokens as it was granted. A turn grants so that
 ever outstanding and never more than `max_new_tokens` in total, and it reads until FINAL: only then do both sides
 know the same context. Tokens that arrive after `end` was called belong to the context, not to the answer.
 
+Where the client embeds, a token's embedding travels with its id, or in a frame of its own as soon as the server has
+sent the token, whatever has become of the turn: so every token of `context` has exactly one, between turns too.
+
 The stream is read by a thread of its own, so every wait here has a deadline and a signal handler may call `end`.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -18,6 +21,8 @@ import grpc
 from wire.errors import CleaveError, DeadlineError, InvalidArgumentError, UnavailableError, from_status
 from wire.sealing import Seal
 from wire.v1 import trusted_worker_pb2 as pb
+
+Embed = Callable[[Sequence[int]], bytes]  # tokens to their embeddings, one after the other
 
 _FINISH = {pb.FINISH_REASON_EOS: "eos", pb.FINISH_REASON_CONTEXT: "context"}
 
@@ -91,15 +96,18 @@ class DecodeStream:
 class Turn:
     """Iterates over the tokens of one answer. `finish_reason` is set once the iteration has ended by itself.
 
-    It is one of eos, length, stop, interrupted, context.
+    It is one of eos, length, stop, interrupted, context. `embed` is None where the trusted worker embeds.
     """
 
-    def __init__(self, stream: DecodeStream, session: bytes, context: list[int], pacing: Pacing) -> None:
+    def __init__(
+        self, stream: DecodeStream, session: bytes, context: list[int], pacing: Pacing, embed: Embed | None = None
+    ) -> None:
         self.finish_reason: str | None = None
         self._stream = stream
         self._session = session
         self._context = context
         self._pacing = pacing
+        self._embed = embed
         self._granted = 0
         self._received = 0
         self._ended: str | None = None
@@ -107,8 +115,9 @@ class Turn:
     def begin(self, token_ids: list[int], max_frame_tokens: int) -> None:
         """Send the new tokens, in as many frames as they need; only the last one carries credit."""
         for start in range(0, len(token_ids), max_frame_tokens):
-            end = start + max_frame_tokens
-            self._send(token_ids[start:end], self._due() if end >= len(token_ids) else 0)
+            ids = token_ids[start : start + max_frame_tokens]
+            last = start + max_frame_tokens >= len(token_ids)
+            self._send(ids, self._due() if last else 0, embedded=ids)
         self._context.extend(token_ids)
 
     def end(self, reason: str) -> None:
@@ -138,17 +147,21 @@ class Turn:
             raise InvalidArgumentError("the trusted worker sent more tokens than it was granted")
         if self._received == self._pacing.max_new_tokens:
             self.end("length")
-        elif self._ended is None and self._granted - self._received <= self._pacing.credit // 2 and self._due():
-            self._send([], self._due())
+        low = self._ended is None and self._granted - self._received <= self._pacing.credit // 2
+        credit = self._due() if low else 0
+        if credit:
+            self._send([], credit, embedded=[token_id])
 
     def _due(self) -> int:
         """The credit that pacing allows on top of what is granted."""
         outstanding = self._granted - self._received
         return min(self._pacing.credit - outstanding, self._pacing.max_new_tokens - self._granted)
 
-    def _send(self, token_ids: list[int], credit: int) -> None:
+    def _send(self, token_ids: list[int], credit: int, embedded: list[int]) -> None:
+        """A frame with new tokens, credit, and the embeddings of `embedded`, where the client embeds."""
         self._granted += credit
-        self._stream.send(pb.DecodeRequest(session=self._session, token_ids=token_ids, credit=credit))
+        rows = self._embed(embedded) if self._embed else b""
+        self._stream.send(pb.DecodeRequest(session=self._session, token_ids=token_ids, credit=credit, embeddings=rows))
 
     def _finish(self, final: pb.Final) -> None:
         if final.context_tokens != len(self._context):

@@ -4,9 +4,12 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from client.flags import DEMO_MODEL, Parser
+from wire import profiles
+from wire.profiles import PROFILES
 
 ROWS = (  # scheme, precision
     ("plain", "float32"),
@@ -19,18 +22,28 @@ ROWS = (  # scheme, precision
     ("secure-infer", "int8"),
 )
 SCHEMES = tuple(dict.fromkeys(scheme for scheme, _ in ROWS))
-_BENCH: dict[str, Any] = {
-    "schemes": SCHEMES,
-    "precision": "both",
+INSIDE = ("tee-only", "split", "secure-infer")  # their decoder, and so their KV cache, lies in the memory budget
+_ONE_BUDGET: dict[str, Any] = {"memory_budget": None, "tee_profile": ""}
+_MEASURING: dict[str, Any] = {
     "context": 32,
     "tokens": 64,
     "batch": 1,
     "repeat": 5,
     "device": "auto",
-    "one_at_a_time": False,
     "markdown": False,
 }
-_SOAK: dict[str, Any] = {"schemes": ("secure-infer",), "minutes": 30.0, "clients": 8, "seed": 0, "log": None}
+_BENCH = _ONE_BUDGET | _MEASURING | {"schemes": SCHEMES, "precision": "both", "one_at_a_time": False}
+_CURVE = _MEASURING | {
+    "schemes": ("tee-only", "secure-infer"),
+    "precision": "int8",
+    "tokens": 32,
+    "repeat": 3,
+    "budgets": None,
+    "long_context": None,
+    "plot": None,
+}
+_SOAK = _ONE_BUDGET | {"schemes": ("secure-infer",), "minutes": 30.0, "clients": 8, "seed": 0, "log": None}
+_WORK = {"": _BENCH, "--soak": _SOAK, "--budget-curve": _CURVE}  # by the flag that asks for it
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,10 +51,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         allow_abbrev=False,
         prog="cleave-bench",
-        description="Every scheme beside its baselines, in one run; or, with --soak, many clients while things break.",
+        description="Every scheme beside its baselines, in one run; or, with --budget-curve, speed and context by "
+        "memory budget; or, with --soak, many clients while things break.",
     )
     _add_common(parser.add_argument)
     _add_bench(parser.add_argument_group("measuring").add_argument)
+    _add_curve(parser.add_argument_group("budget curve").add_argument)
     _add_soak(parser.add_argument_group("soak").add_argument)
     options = parser.parse_args(argv)
     _fill(parser, options)
@@ -55,9 +70,11 @@ def _add_common(add: Callable[..., Any]) -> None:
         "--schemes",
         type=_schemes,
         metavar="A,B",
-        help=f"of {', '.join(SCHEMES)}; default: all; of a soak, secure-infer",
+        help=f"of {', '.join(SCHEMES)}; default: all; of a soak, secure-infer; of a curve, tee-only,secure-infer",
     )
     add("--memory-budget", type=_size, metavar="SIZE", help="of the trusted worker; default: what is needed")
+    add("--tee-profile", choices=PROFILES, metavar="NAME", help=f"that of a TEE: {', '.join(PROFILES)}")
+    add("--switch-us", type=_integer(0, 1_000_000), default=0, metavar="N", help="charged per exchange; default: 0")
     add("--pad-bank", type=_size, metavar="SIZE", help="sealed pads of secure-infer; default: what is needed")
     add("--json", action="store_true", help="one JSON object, in the last line of stdout")
 
@@ -73,6 +90,18 @@ def _add_bench(add: Callable[..., Any]) -> None:
     add("--markdown", action="store_true", default=None, help="print the table with --json, too")
 
 
+def _add_curve(add: Callable[..., Any]) -> None:
+    add("--budget-curve", action="store_true", help="speed and context of schemes whose decoder is inside, by budget")
+    add(
+        "--budgets",
+        type=_budgets,
+        metavar="A,B",
+        help="sizes and names of TEE profiles; default: all profiles, and larger ones until everything is resident",
+    )
+    add("--long-context", type=_integer(1, 1 << 24), metavar="N", help="measure once more behind a prompt of N tokens")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the curve; needs matplotlib")
+
+
 def _add_soak(add: Callable[..., Any]) -> None:
     add("--soak", action="store_true", help="answers must be right, memory flat, whatever breaks; status 1 if not")
     add("--minutes", type=_minutes, metavar="M", help="of each scheme; default: 30")
@@ -82,19 +111,30 @@ def _add_soak(add: Callable[..., Any]) -> None:
 
 
 def _fill(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Defaults of what is done; a flag of the other thing is an error."""
-    ours, others = (_SOAK, _BENCH) if options.soak else (_BENCH, _SOAK)
-    for name in others:
+    """Defaults of what is done; a flag of the other things is an error."""
+    if options.soak and options.budget_curve:
+        parser.error("--soak does not go with --budget-curve")
+    asked = "--soak" if options.soak else "--budget-curve" if options.budget_curve else ""
+    ours = _WORK[asked]
+    for name in {name: None for work in _WORK.values() for name in work}:
         if name not in ours and getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} does not go with --soak" if options.soak else f"{flag} needs --soak")
+            owners = " or ".join(owner for owner, work in _WORK.items() if name in work)
+            parser.error(f"{flag} does not go with {asked}" if asked else f"{flag} needs {owners}")
     options.named = options.schemes is not None
     for name, value in ours.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if "tee_profile" in ours:
+        try:
+            profiles.budget(options.tee_profile, options.memory_budget, 0)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def _rows(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, str]]:
+    if options.budget_curve and (others := [name for name in options.schemes if name not in INSIDE]):
+        parser.error(f"{', '.join(others)} keeps no cache in the budget: a curve is of {', '.join(INSIDE)}")
     rows = [row for row in ROWS if row[0] in options.schemes and options.precision in (row[1], "both")]
     missing = set(options.schemes) - {scheme for scheme, _ in rows}
     if missing and options.named:
@@ -124,6 +164,13 @@ def _size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError("must be a size: 65536KiB, 64MiB or 1GiB")
     return int(match[1]) << {"KiB": 10, "MiB": 20, "GiB": 30}[match[2]]
+
+
+def _budgets(text: str) -> list[int]:
+    sizes = {PROFILES[name].bytes if name in PROFILES else _size(name) for name in text.split(",")}
+    if 0 in sizes:
+        raise argparse.ArgumentTypeError("a budget has a size: that of cvm is what you give it, so write the number")
+    return sorted(sizes)
 
 
 def _minutes(text: str) -> float:

@@ -3,13 +3,13 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wire.errors import CleaveError, DeadlineError, UnavailableError
 
 RECOVERY_SECONDS = 10.0  # an answer that begins so long after a fault must not fail any more
-GROWTH_SHARE, GROWTH_BYTES = 0.05, 8 << 20  # resident memory may grow by so much
+GROWTH_SHARE, GROWTH_BYTES = 0.05, 8 << 20  # resident memory may grow by so much; a trusted worker's by bytes only
 LEAST_SAMPLES = 3
 UNEXPLAINED = "no fault"
 CLEAR = (UnavailableError, DeadlineError)  # what a client may be told when something broke underneath
@@ -51,11 +51,13 @@ class Growth:
     early: int
     late: int
     most: int
+    share: float = GROWTH_SHARE
+    arena: int = 0  # by which secure memory grew meanwhile: its pages become resident at their first use
 
     @property
     def limit(self) -> int:
         """What `late` may be."""
-        return int(self.early * (1 + GROWTH_SHARE)) + GROWTH_BYTES
+        return int(self.early * (1 + self.share)) + GROWTH_BYTES + self.arena
 
     @property
     def flat(self) -> bool:
@@ -143,6 +145,11 @@ def growth(samples: Sequence[tuple[float, int]], start: float, end: float) -> Gr
     return Growth(int(statistics.median(early)), int(statistics.median(late)), most)
 
 
+def beside(trusted: Growth, arena: Growth | None) -> Growth:
+    """The trusted worker's growth, to be judged beside its secure memory: nothing else may grow with its size."""
+    return replace(trusted, share=0.0, arena=arena.late - arena.early if arena else 0)
+
+
 def _of_failures(found: Findings) -> list[str]:
     unclear = Counter(str(failure) for failure in found.failures if not failure.clear)
     lines = [f"{count} clients were told {text}" for text, count in unclear.items()]
@@ -155,4 +162,4 @@ def _overlap(failure: Failure, fault: Fault) -> bool:
 
 
 def _figures(growth: Growth) -> dict[str, Any]:
-    return {"early": growth.early, "late": growth.late, "most": growth.most, "limit": growth.limit, "flat": growth.flat}
+    return {name: getattr(growth, name) for name in ("early", "late", "most", "arena", "limit", "flat")}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from client.attestation.policy import Policy
@@ -21,7 +21,8 @@ from client.session import Counters, Request, Session, connect
 from client.turn import Pacing
 from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
 from evaluation.processes import cpu_seconds, resident_bytes
-from wire.errors import CleaveError, DeadlineError
+from wire.errors import CleaveError, ContextError, DeadlineError, ExhaustedError
+from wire.kv_pages import PAGE_TOKENS
 from wire.model_config import ModelConfig
 
 FURTHER_TURNS = 16  # that an answer has room for
@@ -56,7 +57,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Sample:
-    """One repetition. Times in seconds; all but `first` and `pad` are of the decode phase, of all answers together."""
+    """One repetition. Times in seconds; all but `first`, `pad`, `prompts` are of the decode phase of all answers."""
 
     first: float  # to the first token: the slowest session's
     gaps: list[float]  # per session, the mean time between two tokens
@@ -65,6 +66,7 @@ class Sample:
     after: Counters
     cpu: dict[str, float]
     pad: float | None  # CPU seconds for one pad that was made meanwhile; None where none was
+    prompts: tuple[Counters, Counters]  # before the prompts, and when all first tokens had come
 
 
 class Rig:
@@ -72,11 +74,8 @@ class Rig:
 
     def __init__(self, settings: Settings, load: Load, progress: Progress) -> None:
         self.settings, self._load, self._progress = settings, load, progress
-        config = ModelConfig.from_hf(settings.model)
-        context = min(load.capacity, config.max_context)
-        self._request = Request(config.name, settings.scheme, settings.precision, max_context=context)
-        pick = random.Random(0)  # noqa: S311  (the same prompts for every row)
-        self._prompts = [[pick.randrange(config.vocabulary) for _ in range(load.context)] for _ in range(load.batch)]
+        self._config = ModelConfig.from_hf(settings.model)
+        self._request = Request(self._config.name, settings.scheme, settings.precision)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -92,29 +91,49 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def repeat(self) -> Sample:
-        """One repetition; afterwards the cluster is at rest, with its bank as full as it gets."""
+    def repeat(self, load: Load | None = None) -> Sample:
+        """One repetition; afterwards the cluster is at rest, with its bank as full as it gets.
+
+        `load`: another one than the row's, of the same batch or a smaller one.
+        """
         self._progress(f"measuring {self.settings.scheme} {self.settings.precision}", 0)
         try:
-            return self._measure()
+            return self._measure(load or self._load)
         except CleaveError:
             self._cluster.check()  # a worker that died explains itself better
             raise
+
+    def admitted(self) -> int:
+        """The longest context that a session can be opened with: see `longest`."""
+        return longest(self._config.max_context, self._opens)
 
     def resident(self) -> dict[str, int]:
         """Resident bytes by role, now."""
         return {ROLES[role]: resident_bytes(pid) for role, pid in self._pids().items()}
 
-    def _measure(self) -> Sample:
-        sessions = [self._worker.open(self._request) for _ in self._prompts]
+    def _opens(self, context: int) -> bool:
+        try:
+            self._worker.open(replace(self._request, max_context=context)).close()
+        except (ContextError, ExhaustedError):
+            return False
+        return True
+
+    def _prompts(self, load: Load) -> list[list[int]]:
+        """The same ones for every row."""
+        pick = random.Random(0)  # noqa: S311
+        return [[pick.randrange(self._config.vocabulary) for _ in range(load.context)] for _ in range(load.batch)]
+
+    def _measure(self, load: Load) -> Sample:
+        request = replace(self._request, max_context=min(load.capacity, self._config.max_context))
+        prompts, asked = self._prompts(load), self._worker.counters()
+        sessions = [self._worker.open(request) for _ in prompts]
         try:
             started = time.monotonic()
-            firsts = list(self._threads.map(_decode, sessions, self._prompts, itertools.repeat(1)))
+            firsts = list(self._threads.map(_decode, sessions, prompts, itertools.repeat(1)))
+            begun = self._worker.counters()
             early = self._fill_bank()
             before, cpu = self._worker.counters(), self._cpu()
-            times = list(
-                self._threads.map(_decode, sessions, itertools.repeat([0]), itertools.repeat(self._load.tokens))
-            )
+            times = list(self._threads.map(_decode, sessions, itertools.repeat([0]), itertools.repeat(load.tokens)))
             after, used = self._worker.counters(), self._cpu()
         finally:
             for session in sessions:
@@ -128,6 +147,7 @@ class Rig:
             after,
             {role: used[role] - cpu[role] for role in used},
             early if late is None else late,
+            (asked, begun),
         )
 
     def _fill_bank(self) -> float | None:
@@ -152,6 +172,17 @@ class Rig:
 
     def _pids(self) -> dict[str, int]:
         return {CLIENT: os.getpid(), **self._cluster.pids}
+
+
+def longest(most: int, opens: Callable[[int], bool]) -> int:
+    """The most tokens that `opens` accepts: `most`, or else whole pages of a KV cache; 0 when there are none."""
+    if opens(most):
+        return most
+    low, high = 0, (most - 1) // PAGE_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if opens(middle * PAGE_TOKENS) else (low, middle - 1)
+    return low * PAGE_TOKENS
 
 
 def _decode(session: Session, ids: list[int], count: int) -> list[float]:

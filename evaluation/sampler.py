@@ -8,12 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
-from evaluation.judge import Growth, growth
-from evaluation.processes import resident_bytes
+from deploy.local.cluster import TRUSTED_WORKER
+from evaluation.judge import Growth, beside, growth
+from evaluation.processes import arena_bytes, resident_bytes
 
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 20.0  # a new process is still loading
 CLIENT = "client"
+ARENA = "secure memory"  # of the trusted worker, which is told apart where this process may look
 
 
 class Sampler:
@@ -36,7 +38,9 @@ class Sampler:
 
     def growth(self, start: float, end: float) -> dict[str, Growth | None]:
         """By role. Processes that were started between are left out while they settle."""
-        return {role: growth(self.samples(role), start, end) for role in list(self._series)}
+        found = {role: growth(self.samples(role), start, end) for role in list(self._series)}
+        arena, trusted = found.pop(ARENA, None), found.get(TRUSTED_WORKER)
+        return found | ({TRUSTED_WORKER: beside(trusted, arena)} if trusted else {})
 
     def samples(self, role: str) -> list[tuple[float, int]]:
         """(time, resident bytes) so far."""
@@ -50,3 +54,5 @@ class Sampler:
                 if now - born >= SETTLE_SECONDS:
                     with suppress(OSError):  # it is gone, and another one comes
                         self._series[role].append((now, resident_bytes(pid)))
+                        if role == TRUSTED_WORKER:
+                            self._series[ARENA].append((now, arena_bytes(pid)))

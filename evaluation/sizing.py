@@ -1,18 +1,34 @@
-"""How much memory a row takes: the budget of its trusted worker, its bank of pads, and both of its processes."""
+"""How much memory a row takes: the budget of its trusted worker, its bank of pads, and both of its processes.
 
+A budget is the smallest in which the scheme is at its best: its weights and its embedding table stay in memory, steps
+and refills are as large as they get, and all sessions have their KV caches inside. Where that is too much for this
+machine, weights are read from disk.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.flags import INSIDE
 from evaluation.measure import Load
-from wire.costs import Case, cost
+from wire.costs import TAG, Case, cost
+from wire.errors import ExhaustedError
+from wire.kv_pages import PAGE_TOKENS
+from wire.layout import WORD, Demand
+from wire.linears import lookup_spec
 from wire.model_config import ModelConfig
 from wire.parameters import parameters
+from wire.plan import MAX_ROWS, REFILL_ROWS, Plan, plan, smallest
+from wire.profiles import PROFILES
+from wire.scratch import SEGMENT
 
 LEAST_BYTES = 64 << 20
 GPU_WORKER_BYTES, TRUSTED_WORKER_BYTES = 450 << 20, 120 << 20  # resident before there is a model
-SPARE = 1.7  # scratch for steps and for pads grows with a budget: up to three eighths of it
+SPARE = 1.7  # for steps of more than one row, where the decoder is outside
 FILL = 0.8  # share of the available memory that may be taken
-_KEEPS_WEIGHTS = ("secure-infer", "tee-only")
+FINENESS = 8  # budgets that are tried between one size and its double
+
+Row = tuple[str, str]  # scheme, precision
 
 
 @dataclass(frozen=True)
@@ -25,22 +41,77 @@ class Sizes:
 
 
 def sizes(config: ModelConfig, scheme: str, precision: str, load: Load, available: int) -> Sizes:
-    """A budget that keeps the weights in memory where `available` allows, and pads for a whole decode phase.
+    """The best budget that takes no more than half of `available` bytes, and pads for a whole decode phase.
 
     Raises ContextError for a context that the model lacks.
     """
-    case = Case(config, precision, load.capacity, stock=_stock(load))
-    found = cost(scheme, case)
-    session = found.memory.get("kv cache", found.memory.get("permutations", 0))
-    needed = sum(found.memory.values()) - found.memory.get("weights", 0) + (load.batch - 1) * session
-    weights = case.width * sum(spec.k * spec.n for spec in case.specs) if scheme in _KEEPS_WEIGHTS else 0
-    budget = max(LEAST_BYTES, int(SPARE * (needed + weights)), 2 * weights)
-    if budget > available // 2:
-        budget = max(LEAST_BYTES, int(SPARE * needed))
-    bank = case.stock * found.pads.sealed_bytes if found.pads else LEAST_BYTES
-    model = sum(one.rows * one.width for one in parameters(config).values()) * case.width
+    found = cost(scheme, Case(config, precision, load.capacity))
+    if scheme in INSIDE:
+        budget = _inside(Demand(config, scheme, precision, stock=_stock(load)), load, available // 2)
+    else:
+        sessions = (load.batch - 1) * found.memory.get("permutations", 0)
+        budget = max(LEAST_BYTES, int(SPARE * (sum(found.memory.values()) + sessions)))
+    width = 1 if precision == "int8" else WORD
+    model = width * sum(one.rows * one.width for one in parameters(config).values())
     outside = 0 if scheme == "tee-only" else GPU_WORKER_BYTES + model
-    return Sizes(budget, bank, TRUSTED_WORKER_BYTES + budget + outside)
+    return Sizes(budget, pad_bank(config, scheme, precision, load), TRUSTED_WORKER_BYTES + budget + outside)
+
+
+def pad_bank(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
+    """Bytes of a bank with the pads of a whole decode phase, masked lookups included."""
+    pads = cost(scheme, Case(config, precision, load.capacity)).pads
+    lookup = lookup_spec(config).n
+    return _stock(load) * (pads.sealed_bytes + WORD * lookup + TAG * -(-lookup // SEGMENT)) if pads else LEAST_BYTES
+
+
+def least(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
+    """Bytes of the smallest budget that the scheme runs in. Raises ContextError for a context that the model lacks."""
+    return sum(cost(scheme, Case(config, precision, load.capacity)).memory.values())
+
+
+def curve_budgets(config: ModelConfig, rows: Sequence[Row], load: Load, most: int) -> list[int]:
+    """The profiles' sizes, and doubles until all rows keep all of their weights, or until `most` bytes."""
+    demands = [Demand(config, *row, stock=_stock(load)) for row in rows]
+    found = sorted({profile.bytes for profile in PROFILES.values() if profile.bytes})
+    following = 1 << found[-1].bit_length()
+    while following <= most and not all(_keeps_all(division(demand, found[-1])) for demand in demands):
+        found.append(following)
+        following *= 2
+    return found
+
+
+def division(demand: Demand, budget: int) -> Plan | None:
+    """How the trusted worker would divide a budget; None when it would refuse it."""
+    try:
+        return plan(demand, budget)
+    except ExhaustedError:
+        return None
+
+
+def _inside(demand: Demand, load: Load, most: int) -> int:
+    tried = [(size, found) for size in _growing(most) if (found := division(demand, size))]
+    pages = load.batch * demand.config.layers * -(-load.capacity // PAGE_TOKENS)
+    whole = [(size, found) for size, found in tried if found.slots >= pages and _whole_steps(demand, found)]
+    best = [(size, found) for size, found in whole if _keeps_all(found)]
+    for size, _ in best or whole or tried:
+        return size
+    return max(LEAST_BYTES, sum(smallest(demand).values()))
+
+
+def _growing(most: int) -> Iterator[int]:
+    size = LEAST_BYTES
+    while size <= most:
+        yield size
+        size = max(int(size * 2 ** (1 / FINENESS)) >> 20, (size >> 20) + 1) << 20  # whole MiB
+
+
+def _keeps_all(found: Plan | None) -> bool:
+    return found is not None and found.layout.embed == "resident" and found.layout.linears != "parked"
+
+
+def _whole_steps(demand: Demand, found: Plan) -> bool:
+    refill = min(REFILL_ROWS, demand.stock) if demand.masks else 0
+    return (found.rows, found.refill_rows) == (MAX_ROWS, refill)
 
 
 def _stock(load: Load) -> int:

@@ -46,8 +46,9 @@ class Plan:
     seconds: float
     clients: int
     seed: int
-    memory_budget: str = "64MiB"
+    memory_budget: str | None = "64MiB"  # None: what the profile in `more` says
     pad_bank: str = "64MiB"
+    more: tuple[str, ...] = ()  # further words of the trusted worker's command line
 
     @property
     def precision(self) -> str:
@@ -89,7 +90,7 @@ class Soak:
 
     def _settings(self, folder: str) -> Settings:
         plan = self._plan
-        more = ("--step-seconds", f"{STEP_SECONDS:g}", "--session-seconds", str(SESSION_SECONDS))
+        more = (*plan.more, "--step-seconds", f"{STEP_SECONDS:g}", "--session-seconds", str(SESSION_SECONDS))
         settings = Settings(
             plan.model,
             plan.scheme,

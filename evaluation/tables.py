@@ -1,6 +1,9 @@
 """What cleave-bench prints for people: Markdown."""
 
+from collections.abc import Iterable
 from typing import Any
+
+from client.terminal import size
 
 _COLUMNS = (
     "scheme",
@@ -20,6 +23,31 @@ _COLUMNS = (
     "inside",
 )
 
+_CURVE_COLUMNS = (
+    "budget",
+    "TEE profiles",
+    "scheme",
+    "precision",
+    "weights",
+    "embedding",
+    "digests of tiles",
+    "prompt",
+    "tokens/s",
+    "(least to most)",
+    "first token, ms",
+    "tiles/token",
+    "table scans/token",
+    "tiles/prompt",
+    "table scans/prompt",
+    "KV pages restored/token",
+    "pads in stock",
+    "CPU ms/pad",
+    "inside",
+    "context inside the budget",
+    "longest context",
+    "peak",
+)
+
 
 def bench_table(result: dict[str, Any]) -> str:
     """The rows, under a line that says what they are."""
@@ -27,14 +55,67 @@ def bench_table(result: dict[str, Any]) -> str:
         f"{result['model']}, prompt {result['context']}, {result['tokens']} tokens decoded, batch {result['batch']}, "
         f"median of {result['repeat']} ({result['interleaved']})"
     )
-    lines = [_line(_COLUMNS), "|---" * len(_COLUMNS) + "|", *(_line(_cells(row)) for row in result["rows"])]
-    return "\n".join([what, result["machine"], "", *lines])
+    return "\n".join([*_head(what, result), "", *_table(_COLUMNS, map(_cells, result["rows"]))])
+
+
+def curve_table(result: dict[str, Any]) -> str:
+    """A row for every budget, scheme, prompt, and way to treat digests; and what could not run, below."""
+    what = f"{result['model']}, {result['tokens']} tokens decoded, batch {result['batch']}"
+    what += f", median of {result['repeat']}" + ("; long prompts: once" if result["long_context"] else "")
+    rows = [cells for point in result["points"] for cells in _point(point)]
+    errors = [f"- {_which(point)}: {point['error']}" for point in result["points"] if point["error"]]
+    return "\n".join([*_head(what, result), "", *_table(_CURVE_COLUMNS, rows), *([""] if errors else []), *errors])
 
 
 def soak_table(result: dict[str, Any]) -> str:
     """One section for each scheme."""
     what = f"{result['model']}, {result['clients']} clients, {result['minutes']:g} minutes, seed {result['seed']}"
-    return "\n".join([what, result["machine"], *(line for one in result["soaks"] for line in _soak(one))])
+    return "\n".join([*_head(what, result), *(line for one in result["soaks"] for line in _soak(one))])
+
+
+def _head(what: str, result: dict[str, Any]) -> list[str]:
+    profile = [f"in {result['tee_profile']}"] if result["tee_profile"] else []
+    charged = [f"{result['switch_us']} us charged for each exchange"] if result["switch_us"] else []
+    return [", ".join([what, *profile, *charged]), result["machine"]]
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> list[str]:
+    return [_line(columns), "|---" * len(columns) + "|", *map(_line, rows)]
+
+
+def _which(point: dict[str, Any]) -> str:
+    return f"{point['scheme']} {point['precision']} in {_budget(point['budget'])}"
+
+
+def _budget(count: int) -> str:
+    return size(count).replace(".0 ", " ")
+
+
+def _point(point: dict[str, Any]) -> list[list[str]]:
+    """One row for each speed; one without figures if there are none."""
+    start = [_budget(point["budget"]), ", ".join(point["profiles"]) or "-", point["scheme"], point["precision"]]
+    if point["error"]:
+        why = "failed" if point["failed"] else f"too small: {size(point['least'])} would do"
+        return [[*start, *(why if column == "tokens/s" else "-" for column in _CURVE_COLUMNS[len(start) :])]]
+    end = [str(point["context_inside"]), str(point["context_admitted"]), size(point["memory_peak"])]
+    return [[*start, point["weights"], point["embedding"], *_speed(speed), *end] for speed in point["speeds"]]
+
+
+def _speed(speed: dict[str, Any]) -> list[str]:
+    least, most = speed["tokens_per_second_spread"]
+    counts = ("tiles_per_token", "scans_per_token", "tiles_per_prompt", "scans_per_prompt", "pages_restored_per_token")
+    pad = speed["seconds_per_pad"]
+    return [
+        speed["digests"],
+        str(speed["context"]),
+        f"{speed['tokens_per_second']:.2f}",
+        f"{least:.2f} to {most:.2f}",
+        f"{1000 * speed['time_to_first_token']:.0f}",
+        *(f"{speed[name]:.1f}" if speed[name] else "-" for name in counts),
+        str(speed["pads_in_stock"] or "-"),
+        "-" if pad is None else f"{1000 * pad:.1f}",
+        str(speed["products_inside"]),
+    ]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -79,5 +160,5 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "none"
 
 
-def _line(cells: tuple[str, ...] | list[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from gpu_worker.model import Model
 
 
+RING = ("ring_matmul", "ring_lookup")
+
+
 @dataclass(frozen=True)
 class Call:
     """One operation with its tensor, and the model that it was checked against."""
@@ -83,7 +86,7 @@ class CallReader:
         kind = operation.WhichOneof("kind")
         if kind is None:
             raise InvalidArgumentError("unknown operation")
-        if self._ring_only and kind != "ring_matmul":
+        if self._ring_only and kind not in RING:
             raise DeniedError("this worker serves ring products only")
 
     def _append(self, frame: pb.ExecuteRequest) -> Call | None:

@@ -19,6 +19,7 @@ from wire.v1 import tensor_pb2
 
 INT32, FLOAT32 = tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_FLOAT32
 
+LOOKUP_ROWS = 64  # of one ring_lookup: a row is as wide as the vocabulary
 KV_TYPES = frozenset(kind.number for kind in KvType)
 
 _parameters = lru_cache(maxsize=4)(parameters)
@@ -55,12 +56,13 @@ def expected_tensor(operation: pb.Operation, config: ModelConfig) -> Expected | 
     Raises InvalidArgumentError for fields that are out of range.
     """
     match operation.WhichOneof("kind"):
-        case "ring_matmul":
-            of = _linear(config, operation.ring_matmul.layer, operation.ring_matmul.linear)
-            return Expected(INT32, (None, of.k), answer_columns=of.n)
-        case "matmul":
-            of = _linear(config, operation.matmul.layer, operation.matmul.linear)
-            return Expected(FLOAT32, (None, of.k), answer_columns=of.n)
+        case "ring_matmul" | "matmul" as kind:
+            op: pb.RingMatmul | pb.Matmul = getattr(operation, kind)
+            of = _linear(config, op.layer, op.linear)
+            return Expected(INT32 if kind == "ring_matmul" else FLOAT32, (None, of.k), answer_columns=of.n)
+        case "ring_lookup":
+            rows = min(LOOKUP_ROWS, MAX_TENSOR_BYTES // (4 * config.vocabulary))
+            return Expected(INT32, (None, config.vocabulary), most_rows=rows, answer_columns=config.hidden)
         case "forward":
             rows = _rows(operation.forward.sequences)
             return Expected(INT32, (rows,), answer_columns=config.vocabulary, logit_rows=operation.forward.logit_rows)

@@ -12,7 +12,7 @@ from wire.checkpoint import Checkpoint
 from wire.errors import PreconditionError
 from wire.linears import all_specs
 from wire.model_config import ModelConfig
-from wire.parameters import parameters, weight_name
+from wire.parameters import Kind, Name, parameters, weight_name
 from wire.v1 import gpu_worker_pb2 as pb
 
 
@@ -33,7 +33,7 @@ class Model:
         int8 = precision == pb.PRECISION_INT8
         loaded = ParameterSet(device, int8)
         if not _is_sealed(folder):
-            ring_names = {weight_name(self.config, of) for of in all_specs(self.config)}
+            ring_names = {weight_name(self.config, of) for of in all_specs(self.config)} | {Name(Kind.EMBEDDING)}
             checkpoint = Checkpoint(folder)
             try:
                 loaded.read(checkpoint, (p for p in known.values() if not ring_only or p.name in ring_names))

@@ -19,6 +19,7 @@ from gpu_worker.cache import MAX_CACHE_BYTES
 from gpu_worker.calls import Call
 from gpu_worker.kernels import cpu
 from gpu_worker.model import Model
+from gpu_worker.ring import Ring
 from gpu_worker.stream import Stream
 from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
 from wire.linears import Linear
@@ -80,22 +81,25 @@ class Worker:
         operation = call.operation
         match operation.WhichOneof("kind"):
             case "ring_matmul":
-                return _ring_matmul(call, operation.ring_matmul)
+                ring = operation.ring_matmul
+                return _ring(call).product(ring.layer, Linear(ring.linear), call.int32())
+            case "ring_lookup":
+                return _ring(call).lookup(call.int32())
             case "matmul":
-                return stream.matmul(call, operation.matmul).cpu().numpy()
+                answer: torch.Tensor | None = stream.matmul(call, operation.matmul)
             case "forward":
-                return stream.forward(call, operation.forward).cpu().numpy()
+                answer = stream.forward(call, operation.forward)
             case "chain":
-                return stream.chain(call, operation.chain).cpu().numpy()
+                answer = stream.chain(call, operation.chain)
             case "provision":
                 stream.provision(call, operation.provision)
-                return None
+                answer = None
             case _:
-                page = stream.cache(call, operation.cache)
-                return None if page is None else page.cpu().numpy()
+                answer = stream.cache(call, operation.cache)
+        return None if answer is None else answer.cpu().numpy()
 
 
-def _ring_matmul(call: Call, op: pb.RingMatmul) -> Result:
+def _ring(call: Call) -> Ring:
     if call.model.ring is None:
         raise PreconditionError("the model is loaded as float32: ring products need int8")
-    return call.model.ring.product(op.layer, Linear(op.linear), call.int32())
+    return call.model.ring

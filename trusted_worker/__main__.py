@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import sys
+from typing import NoReturn
 
 from trusted_worker.config import parse
 from wire import logs
@@ -23,16 +24,23 @@ def main() -> None:
     settings = parse()
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     logs.setup("trusted-worker", settings.log_format)
-    from trusted_worker import serving  # numpy is imported here, after its threads are fixed
+    from trusted_worker import process_limit, serving  # numpy is imported here, after its threads are fixed
 
     try:
         if settings.parent is not None:
             die_with_parent(settings.parent)
         _harden()
-        serving.run(settings)
+        limit = process_limit.enforce(settings.memory_budget, settings.process_memory, settings.spill_dir)
+        serving.run(settings, limit)
     except CleaveError as error:
-        print(f"cleave-trusted-worker: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except MemoryError:
+        _refuse("the process reached the limit of its memory: raise --process-memory")
+
+
+def _refuse(text: str) -> NoReturn:
+    print(f"cleave-trusted-worker: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _harden() -> None:

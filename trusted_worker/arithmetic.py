@@ -2,18 +2,21 @@
 
 Every function treats rows one by one, so a row's result does not depend on what shares its batch: prefill and
 decode agree bit for bit in any chunking. Matrix products of activations with weights are not here (see the
-schemes), with one exception: `exact_product`, the integer product that replaces an exchange.
+schemes), with two exceptions: `exact_product` and `exact_lookup`, the integer products that replace an exchange.
+
+Whatever grows with rows or widths lies in the caller's scratch; numpy's own temporaries stay below 64 KiB.
 
 Shapes: m rows, k inputs, n outputs; h query heads, g key/value heads, d = head_dim.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trusted_worker.secure_memory import Scratch
+from trusted_worker.secure_memory import ALIGNMENT, Scratch
 from wire.errors import InvalidArgumentError
 
 F32 = npt.NDArray[np.float32]
@@ -25,6 +28,11 @@ U32 = npt.NDArray[np.uint32]
 X_LIMIT = 1 << 24  # |x_q| stays below: exact in float32
 EXACT_DEPTH = 1 << 15  # 2^31 * 127 * 2^15 < 2^53
 Y_LIMIT = 1 << 30  # |y_q| stays below: the ring never wraps
+PIECE = 1 << 17  # weights that lie in float64 at a time: 1 MiB, what a second-level cache holds
+SUMS = 1 << 16  # sums that lie in float64 at a time
+PIECE_COLUMNS = 1056  # of these, beside more than FEW rows of activations
+FEW = 8
+_ROTATED = 1 << 11  # pairs that are rotated at a time
 _MARGIN = 1.0 - 1e-6  # float32 rounding of x/s_x, before the integers are checked
 
 
@@ -41,7 +49,9 @@ def layer_norm(x: F32, gain: F32, bias: F32, eps: float, scratch: Scratch) -> F3
     """(x - mean) / standard deviation * gain + bias, row by row: float32[m, k] (Ba et al. 2016; GPT-2's form)."""
     out: F32 = scratch.empty(x.shape, np.float32)
     np.subtract(x, x.mean(axis=1, keepdims=True), out=out)
-    variance = np.square(out).mean(axis=1, keepdims=True)
+    with scratch.frame():
+        squares: F32 = scratch.empty(x.shape, np.float32)
+        variance = np.square(out, out=squares).mean(axis=1, keepdims=True)
     out *= 1.0 / np.sqrt(variance + np.float32(eps))
     out *= gain
     return np.add(out, bias, out=out)
@@ -49,7 +59,8 @@ def layer_norm(x: F32, gain: F32, bias: F32, eps: float, scratch: Scratch) -> F3
 
 def normalise_heads(x: F32, gain: F32, eps: float) -> None:
     """RMSNorm in place over each head of float32[m, heads, d], gain float32[d] (Qwen3's QK norm)."""
-    x *= 1.0 / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps))
+    for row in x:  # one at a time: squares are a temporary
+        np.multiply(row, 1.0 / np.sqrt(np.square(row).mean(axis=-1, keepdims=True) + np.float32(eps)), out=row)
     x *= gain
 
 
@@ -58,14 +69,17 @@ def rotate(x: F32, positions: I32, frequencies: F32, interleaved: bool = False) 
 
     Pairs are (2i, 2i + 1) when interleaved, else (i, i + half of the rotated dims), as Hugging Face stores Llama.
     """
-    angles = positions.astype(np.float32)[:, None, None] * frequencies
-    cos, sin = np.cos(angles), np.sin(angles)
     half = len(frequencies)
     low = x[..., 0 : 2 * half : 2] if interleaved else x[..., :half]
     high = x[..., 1 : 2 * half : 2] if interleaved else x[..., half : 2 * half]
-    before = low.copy()
-    low[...] = before * cos - high * sin
-    high[...] = high * cos + before * sin
+    block = max(1, _ROTATED // (x.shape[1] * half))
+    for start in range(0, len(x), block):
+        rows = slice(start, start + block)
+        angles = positions[rows].astype(np.float32)[:, None, None] * frequencies
+        cos, sin = np.cos(angles), np.sin(angles)
+        before = low[rows].copy()
+        low[rows] = before * cos - high[rows] * sin
+        high[rows] = high[rows] * cos + before * sin
 
 
 def attend(q: F32, keys: F32, values: F32, out: F32) -> None:
@@ -86,7 +100,7 @@ def silu_times(gate_up: F32, scratch: Scratch) -> F32:
     gate, up = gate_up[:, :width], gate_up[:, width:]
     out: F32 = scratch.empty((len(gate_up), width), np.float32)
     with np.errstate(over="ignore"):  # exp(-x) may reach infinity: x / inf is the right 0
-        np.exp(-gate, out=out)
+        np.exp(np.negative(gate, out=out), out=out)
     out += 1.0
     np.divide(gate, out, out=out)
     return np.multiply(out, up, out=out)
@@ -144,43 +158,102 @@ def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
     scaled = np.multiply(x, factor.astype(np.float32)[:, None], out=magnitude)
     x_q: I32 = scratch.empty(x.shape, np.int32)
     np.copyto(x_q, np.rint(scaled, out=scaled), casting="unsafe")
-    _check_bound(x_q, bound)
+    _check_bound(x_q, bound, magnitude.view(np.int32))
     scale = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor > 0)
     return x_q, scale.astype(np.float32)[:, None]
 
 
-def _check_bound(x_q: I32, bound: Bound) -> None:
-    """The promise of step 1, on the integers themselves."""
+def _check_bound(x_q: I32, bound: Bound, spare: I32) -> None:
+    """The promise of step 1, on the integers themselves. `spare` has their shape and is written over."""
     squares = np.einsum("ij,ij->i", x_q, x_q, dtype=np.int64)
-    ones = np.einsum("ij->i", np.abs(x_q), dtype=np.int64)
+    ones = np.abs(x_q, out=spare).sum(axis=1, dtype=np.int64)
     fits = (squares <= bound.square_limit) | (127 * ones < Y_LIMIT)
     if not (fits.all() and x_q.max(initial=0) < X_LIMIT and x_q.min(initial=0) > -X_LIMIT):
         raise InvalidArgumentError("the model's activations do not fit the ring")
 
 
-def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, scratch: Scratch) -> F32:
-    """Step 6: y_q * s_x * s_w (+ bias), float32[m, n]."""
-    y: F32 = scratch.empty(y_q.shape, np.float32)
-    np.multiply(y_q, w_scale, out=y, casting="unsafe", dtype=np.float32)
-    y *= x_scale
+def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, out: F32) -> F32:
+    """Step 6: y_q * s_x * s_w (+ bias) into out float32[m, n], which shares no memory with y_q."""
+    np.multiply(y_q, w_scale, out=out, casting="unsafe", dtype=np.float32)
+    out *= x_scale
     if bias is not None:
-        y += bias
-    return y
+        out += bias
+    return out
 
 
-def exact_product(x: F64, tiles: Iterable[tuple[int, I8]], out: I32) -> None:
+def exact_product(x: F64, tiles: Iterable[tuple[int, I8]], out: I32, scratch: Scratch) -> None:
     """x . W_q^T modulo 2^32 for integers in float64[m, k], |x| <= 2^31: BLAS, exact as partial sums stay below 2^53.
 
     Weights come as (first row, int8[rows, k]) tiles. Inputs beyond EXACT_DEPTH are summed in parts.
     """
+    m, k = x.shape
+    most, memory = max(1, SUMS // max(m, 1)), _memory(out.shape[1], k, m)
+    with scratch.frame():
+        copy: F64 = scratch.empty(memory, np.float64)
+        sums: F64 = scratch.empty((min(most, out.shape[1]), m), np.float64)
+        for first, tile in _cut(tiles, most):
+            exact, part = sums[: len(tile)], out[:, first : first + len(tile)]
+            part[...] = 0
+            for left in range(0, k, memory[1]):
+                x_part = x[:, left : left + memory[1]].T
+                for top, piece in _pieces(tile[:, left : left + memory[1]], copy):
+                    np.matmul(piece, x_part, out=exact[top : top + len(piece)])
+                _add(exact, part)
+
+
+def exact_lookup(z: npt.NDArray[Any], tiles: Iterable[tuple[int, I8]], out: I32, scratch: Scratch) -> None:
+    """z . E_q modulo 2^32 for integers [m, V] of any dtype, |z| <= 2^31, and a table [V, d]: out int32[m, d], exact.
+
+    The table comes as (first row, int8[rows, d]) tiles, in any order; rows that do not come count as zero.
+    """
+    m, memory = len(z), _memory(z.shape[1], out.shape[1], len(z))
+    out[...] = 0
+    with scratch.frame():
+        copy: F64 = scratch.empty(memory, np.float64)
+        wide: F64 = scratch.empty((memory[0], m), np.float64)
+        sums: F64 = scratch.empty((memory[1], m), np.float64)
+        for first, tile in tiles:
+            for left in range(0, out.shape[1], memory[1]):
+                part = out[:, left : left + memory[1]]
+                for top, piece in _pieces(tile[:, left : left + memory[1]], copy):
+                    z_part, start = wide[: len(piece)], first + top
+                    np.copyto(z_part, z[:, start : start + len(piece)].T)
+                    exact = sums[: part.shape[1]]
+                    np.matmul(piece.T, z_part, out=exact)
+                    _add(exact, part)
+
+
+def exact_scratch_bytes(m: int, rows: int, columns: int) -> int:
+    """What the two ask of their scratch at most, for m rows of activations and weights [rows, columns]."""
+    height, width = _memory(rows, columns, m)
+    product, lookup = min(max(1, SUMS // max(m, 1)), rows), height + width
+    return 8 * (height * width + m * max(product, lookup)) + 3 * ALIGNMENT
+
+
+def _memory(rows: int, columns: int, m: int) -> tuple[int, int]:
+    """The largest piece of a matrix in float64. Whole rows are copied fastest; wide ones multiplied slowest."""
+    width = min(columns, EXACT_DEPTH if m <= FEW else PIECE_COLUMNS)
+    return min(rows, EXACT_DEPTH, max(1, PIECE // width // 8 * 8)), width
+
+
+def _cut(tiles: Iterable[tuple[int, I8]], most: int) -> Iterator[tuple[int, I8]]:
+    """The same tiles, of at most so many rows."""
     for first, tile in tiles:
-        part = out[:, first : first + len(tile)]
-        part[...] = 0
-        for start in range(0, x.shape[1], EXACT_DEPTH):
-            columns = slice(start, start + EXACT_DEPTH)
-            part += wrap(x[:, columns] @ tile[:, columns].astype(np.float64).T)
+        for start in range(0, len(tile), most):
+            yield first + start, tile[start : start + most]
 
 
-def wrap(exact: F64) -> I32:
-    """Integers held in float64 (below 2^63), modulo 2^32 as int32."""
-    return exact.astype(np.int64).astype(np.int32)
+def _pieces(tile: I8, copy: F64) -> Iterator[tuple[int, F64]]:
+    """(first row, float64[rows, columns]) of a tile, one after the other in the same memory."""
+    for top in range(0, len(tile), len(copy)):
+        source = tile[top : top + len(copy)]
+        piece = copy[: len(source), : source.shape[1]]
+        np.copyto(piece, source)
+        yield top, piece
+
+
+def _add(exact: F64, out: I32) -> None:
+    """Add integers below 2^63, held in contiguous float64[n, m], to int32[m, n] modulo 2^32. They are written over."""
+    flat = exact.reshape(-1)
+    np.copyto(flat.view(np.int64), flat, casting="unsafe")
+    out += exact.view(np.int32)[:, ::2].T  # the low halves: little-endian, as the wire is

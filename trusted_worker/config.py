@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wire import logs, settings, tls
+from wire import logs, profiles, settings, tls
 
 PREFIX = "CLEAVE_TRUSTED_"
 SCHEMES = ("plain", "split", "tee-only", "kv-shield", "secure-infer")
 PRECISIONS = ("float32", "int8")
 PREFILL = ("auto", "inside", "worker")
 KV_TYPES = ("float32", "float16", "int8")
+EMBED = ("auto", "client")
+DEFAULT_BUDGET = 64 << 20
+MOST_SWITCH_US = 1_000_000
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -27,10 +30,14 @@ class Settings:
     model: Path
     scheme: str
     precision: str
+    tee_profile: str  # a name of wire/profiles.py; empty: none
     memory_budget: int
+    process_memory: int | None  # of the whole process; None: the budget and an allowance, 0: not limited
     pad_bank: int
     spill_dir: str | None
+    switch_us: int  # charged as one world switch for each exchange with the GPU worker
     prefill: str
+    embed: str
     rope: str
     kv_dtype: str
     rotate_every: int
@@ -51,6 +58,7 @@ class Settings:
     tls_key: Path | None
     tls_authority: Path | None
     insecure_plaintext: bool
+    insecure_unchecked_tiles: bool
     parent: int | None
 
 
@@ -91,7 +99,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
     tls.add_flags(parser)
     given = settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX)
     given["precision"] = given["precision"] or ("float32" if given["scheme"] == "kv-shield" else "int8")
+    given["tee_profile"] = given["tee_profile"] or ""
     _check(parser, given)
+    try:
+        given["memory_budget"] = profiles.budget(given["tee_profile"], given["memory_budget"], DEFAULT_BUDGET)
+    except ValueError as error:
+        parser.error(str(error))
     if given["threads"] == 0:
         given["threads"] = (os.cpu_count() or 1) if given["scheme"] == "tee-only" else 1
     return Settings(**given)
@@ -108,14 +121,15 @@ def _check(parser: argparse.ArgumentParser, given: dict[str, Any]) -> None:
         parser.error("--rope, --rotate-every and --seal-idle belong to --scheme kv-shield")
     if scheme not in ("kv-shield", "tee-only") and given["model_key_file"]:
         parser.error("a sealed model can only be served by --scheme kv-shield or tee-only")
-    if scheme not in ("kv-shield", "plain") and given["kv_dtype"] != "float32":
-        parser.error("--kv-dtype is for caches on the GPU worker: --scheme kv-shield or plain")
+    if given["switch_us"] > MOST_SWITCH_US:
+        parser.error(f"--switch-us {given['switch_us']} is more than a second")
+    if scheme in ("kv-shield", "plain") and given["embed"] == "client":
+        parser.error("--embed client is for schemes whose decoder runs in the trusted worker; this one embeds outside")
 
 
 def _add_kv_shield_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("kv-shield").add_argument
     add("--rope", choices=("trusted", "worker"), default="trusted", help="worker: permute V only, one crossing a layer")
-    add("--kv-dtype", choices=KV_TYPES, default="float32", help="elements of the cache (default: float32)")
     add("--rotate-every", type=count, default=0, metavar="N", help="new permutations every N tokens (default: never)")
     add("--seal-idle", action="store_true", help="park the cache of an idle conversation here, sealed")
 
@@ -127,15 +141,26 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help="default: int8; float32 for kv-shield")
     add("--model-key-file", type=Path, metavar="FILE", help="key of a model that `seal-model` sealed")
     add("--prefill", choices=PREFILL, default="auto", help="where prompt rows of secure-infer are multiplied")
+    add("--embed", choices=EMBED, default="auto", help="client: it sends the embeddings of its tokens itself")
+    add("--kv-dtype", choices=KV_TYPES, default="float32", help="elements of KV caches (default: float32)")
     add("--max-context", type=count, default=0, help="most tokens of one session (default: the model's)")
     add("--threads", type=count, default=0, help="BLAS threads (default: all cores for tee-only, else 1)")
 
 
 def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--memory-budget", type=size, default="64MiB", help="secure memory, exactly (default: 64MiB)")
+    add("--tee-profile", choices=tuple(profiles.PROFILES), help="secure memory as a real TEE has it; cvm: as you say")
+    add("--memory-budget", type=size, metavar="SIZE", help="secure memory, exactly (default: 64MiB)")
+    add(
+        "--process-memory",
+        type=size,
+        metavar="SIZE",
+        help="most memory of the whole process, by cgroup or RLIMIT_DATA; 0: no limit (default: budget and allowance)",
+    )
     add("--pad-bank", type=size, default="64MiB", help="sealed pads kept outside the budget (default: 64MiB)")
     add("--spill-dir", default=None, help="where sealed pads and pages are parked (default: the temporary folder)")
+    add("--switch-us", type=count, default=0, metavar="N", help="microseconds charged for each exchange (default: 0)")
+    add("--insecure-unchecked-tiles", action="store_true", help="use streamed weights without comparing their digests")
 
 
 def _add_service_flags(parser: argparse.ArgumentParser) -> None:

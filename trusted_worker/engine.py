@@ -13,14 +13,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from trusted_worker.arithmetic import F32
-from trusted_worker.model import Batch, Run, head_rows
+from trusted_worker.model import Accept, Batch, Run
 from trusted_worker.session import Session
-from wire.errors import CleaveError, ExhaustedError, PreconditionError, UnavailableError, VerificationError
+from wire.errors import (
+    CleaveError,
+    ExhaustedError,
+    ParkedError,
+    PreconditionError,
+    UnavailableError,
+    VerificationError,
+)
+from wire.plan import HEAD_ROWS
 
 T = TypeVar("T")
 GRACE_SECONDS = 0.002  # an idle tile starts only after this long without work
@@ -33,7 +42,7 @@ log = logging.getLogger(__name__)
 class Runner(Protocol):
     """What the engine needs of a scheme."""
 
-    def forward(self, batch: Batch) -> F32: ...  # noqa: D102
+    def forward(self, batch: Batch, accept: Accept) -> None: ...  # noqa: D102
     def idle(self) -> bool: ...  # noqa: D102
     def distrust(self) -> None: ...  # noqa: D102
 
@@ -159,40 +168,43 @@ class Engine(threading.Thread):
             return False
         sessions = [session for session, _ in members]
         started = time.monotonic()
-        logits = self._guard(lambda: self._forward(scheme, batch), sessions)
+        wanting = [session for session, wants in members if wants]
+
+        def accept(index: int, logits: F32) -> None:
+            self._guard(lambda: wanting[index].accept(logits), [wanting[index]])
+
+        self._guard(lambda: self._forward(scheme, batch, accept), sessions)
         self.step_seconds += time.monotonic() - started
         self.steps_rows += len(batch.ids)
-        if logits is not None:
-            wanting = [session for session, wants in members if wants]
-            for session, row in zip(wanting, logits, strict=True):
-                self._guard(lambda session=session, row=row: session.accept(row), [session])  # type: ignore[misc]
         self._reap()
         return True
 
-    def _forward(self, scheme: Runner, batch: Batch) -> F32:
+    def _forward(self, scheme: Runner, batch: Batch, accept: Accept) -> None:
         if self._tainted:
             raise UnavailableError("the GPU worker is in quarantine")
-        return scheme.forward(batch)
+        scheme.forward(batch, accept)
 
     def _batch(self) -> tuple[Batch, list[tuple[Session, bool]]]:
         """Rows for one step: single rows first, so that they get pads first."""
         self._sessions.rotate(-1)
-        ready = [session for session in self._sessions if session.rows][: head_rows(self._max_rows)]
-        for session in ready:
-            self._guard(session.cache.wake, [session])
+        ready = [session for session in self._sessions if session.rows][: min(self._max_rows, HEAD_ROWS)]
         ids: list[int] = []
+        embeddings: list[bytes] = []
         runs, logit_rows, members = [], [], []
         for session in sorted(ready, key=lambda one: one.rows > 1):
-            count = min(session.rows, self._max_rows - len(ids))  # none for a session that did not wake
-            if not count:
+            room = min(session.rows, self._max_rows - len(ids))
+            count = self._guard(partial(session.cache.wake, room), [session]) if room else 0
+            if not count:  # the step is full, or the session could not wake
                 continue
-            taken, wants = session.take(count)
+            taken, rows, wants = session.take(count)
             runs.append(Run(session.cache, len(ids), len(ids) + count, session.cache.length))
             ids.extend(taken)
+            embeddings.extend(rows)
             if wants:
                 logit_rows.append(len(ids) - 1)
             members.append((session, wants))
-        return Batch(np.array(ids, np.int32), tuple(runs), np.array(logit_rows, np.int32)), members
+        batch = Batch(np.array(ids, np.int32), tuple(runs), np.array(logit_rows, np.int32), tuple(embeddings))
+        return batch, members
 
     def _guard(self, work: Callable[[], Any], sessions: list[Session]) -> Any:
         """Run a step's part. Its errors end `sessions`, and nothing else; None then."""
@@ -206,7 +218,7 @@ class Engine(threading.Thread):
             failure = PreconditionError("internal error; the session is closed")
         for session in sessions:
             session.fail(failure)
-        self._tainted |= isinstance(failure, VerificationError)
+        self._tainted |= isinstance(failure, VerificationError) and not isinstance(failure, ParkedError)
         return None
 
     def _renew(self, scheme: Runner) -> None:

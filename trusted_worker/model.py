@@ -2,6 +2,7 @@
 
 Everything here is in the clear and inside the arena: embedding, norms, RoPE, QK^T, softmax, AV, KV cache, activation
 functions, residuals. `Product` is one linear for some rows of the batch; a scheme decides where and how it is computed.
+Logits are handed out row by row and never leave the arena: for a large vocabulary they are larger than a step.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import numpy as np
 
 from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32
+from trusted_worker.attention import attend
 from trusted_worker.kv_cache import Cache, KVCache
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
@@ -20,6 +22,8 @@ from wire.parameters import Kind, Name
 
 # (linear, x float32[len(rows), k], which rows of the batch these are) -> float32[len(rows), n], bias included
 Product = Callable[[LinearSpec, F32, I32], F32]
+Embed = Callable[["Batch", F32], None]  # rows of the embedding table into float32[rows, hidden]
+Accept = Callable[[int, F32], None]  # (which of the logit rows, its float32[vocabulary]: gone after the call)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Batch:
     ids: I32
     runs: tuple[Run, ...]
     logit_rows: I32
+    embeddings: tuple[bytes, ...] = ()  # where the client embeds: little-endian float32[hidden] for each row
 
     @property
     def positions(self) -> I32:
@@ -65,67 +70,65 @@ class HeadTransform:
 
 
 class Decoder:
-    """A decoder over `weights`, for at most as many rows as `scratch` holds."""
+    """A decoder over `weights`, for as many rows as `scratch` holds, `head_rows` of them with logits at once."""
 
-    def __init__(self, weights: Weights, scratch: Scratch) -> None:
-        self._weights, self._scratch = weights, scratch
+    def __init__(self, weights: Weights, scratch: Scratch, head_rows: int) -> None:
+        self._weights, self._scratch, self._head_rows = weights, scratch, head_rows
         self._config = weights.config
         self._heads = HeadTransform(self._config, weights.vectors)
         self._linears = {(spec.layer, spec.linear): spec for spec in weights.specs}
 
-    def forward(self, batch: Batch, product: Product) -> F32:
-        """Logits float32[len(logit_rows), vocabulary]. Caches grow by the batch's rows only if all went well."""
+    def forward(self, batch: Batch, embed: Embed, product: Product, accept: Accept) -> None:
+        """One pass. Caches grow by the batch's rows only if all layers went well; then `accept` gets each logit row."""
         scratch, config = self._scratch, self._config
         rows = np.arange(len(batch.ids), dtype=np.int32)
         with scratch.frame():
             hidden: F32 = scratch.empty((len(rows), config.hidden), np.float32)
-            self._weights.embed(batch.ids, hidden)
+            with scratch.frame():
+                embed(batch, hidden)
             if self._weights.positions is not None:
                 hidden += self._weights.positions[batch.positions]
             for layer in range(config.layers):
                 self._attention(layer, hidden, batch, rows, product)
                 self._feed_forward(layer, hidden, rows, product)
-            logits = self._head(hidden, batch.logit_rows, product)
-        for run in batch.runs:
-            run.cache.commit(run.stop - run.start)
-        return logits
+            for run in batch.runs:
+                run.cache.commit(run.stop - run.start)
+            for first in range(0, len(batch.logit_rows), self._head_rows):
+                self._head(hidden, batch.logit_rows[first : first + self._head_rows], first, product, accept)
 
-    def _head(self, hidden: F32, rows: I32, product: Product) -> F32:
-        if not len(rows):  # a prefill chunk that is not the last one
-            return np.empty((0, self._config.vocabulary), np.float32)
-        last = np.ascontiguousarray(hidden[rows])
-        normed = self._norm(Kind.FINAL_NORM, 0, last)
-        return product(self._linears[0, Linear.LM_HEAD], normed, rows).copy()
+    def _head(self, hidden: F32, rows: I32, first: int, product: Product, accept: Accept) -> None:
+        scratch = self._scratch
+        with scratch.frame():
+            last: F32 = scratch.empty((len(rows), hidden.shape[1]), np.float32)
+            np.take(hidden, rows, axis=0, out=last, mode="clip")
+            logits = product(self._linears[0, Linear.LM_HEAD], self._norm(Kind.FINAL_NORM, 0, last), rows)
+            for row in range(len(rows)):
+                accept(first + row, logits[row])
 
     def _attention(self, layer: int, hidden: F32, batch: Batch, rows: I32, product: Product) -> None:
         scratch, config = self._scratch, self._config
         with scratch.frame():
-            x = self._norm(Kind.ATTENTION_NORM, layer, hidden)
-            qkv = product(self._linears[layer, Linear.QKV], x, rows)
-            heads = qkv.reshape(len(rows), -1, config.head_dim)
-            self._heads.apply(layer, heads[:, : config.heads + config.kv_heads], batch.positions)
             mixed: F32 = scratch.empty((len(rows), config.heads, config.head_dim), np.float32)
-            for run in batch.runs:
-                self._attend(layer, run, heads[run.start : run.stop], mixed[run.start : run.stop])
+            with scratch.frame():
+                qkv = product(self._linears[layer, Linear.QKV], self._norm(Kind.ATTENTION_NORM, layer, hidden), rows)
+                heads = qkv.reshape(len(rows), -1, config.head_dim)
+                self._heads.apply(layer, heads[:, : config.heads + config.kv_heads], batch.positions)
+                for run in batch.runs:
+                    self._attend(layer, run, heads[run.start : run.stop], mixed[run.start : run.stop])
             hidden += product(self._linears[layer, Linear.O], mixed.reshape(len(rows), -1), rows)
 
     def _attend(self, layer: int, run: Run, heads: F32, out: F32) -> None:
-        """Row by row, each over its own prefix: a row's bits do not depend on the chunk it came in."""
-        q_heads, kv_heads = self._config.heads, self._config.kv_heads
-        cache = run.cache
+        config, cache = self._config, run.cache
         if not isinstance(cache, KVCache):
             raise TypeError("the decoder runs over caches in the arena")
-        cache.append(layer, heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :])
-        for row in range(len(heads)):
-            end = run.position + row + 1
-            keys, values = cache.tokens(layer, max(0, end - self._config.window) if self._config.window else 0, end)
-            arithmetic.attend(heads[row, :q_heads], keys, values, out[row])
+        q, k, v = np.split(heads, [config.heads, config.heads + config.kv_heads], axis=1)
+        cache.append(layer, k, v)
+        attend(q, cache, layer, run.position, config.window, out, self._scratch)
 
     def _feed_forward(self, layer: int, hidden: F32, rows: I32, product: Product) -> None:
         scratch = self._scratch
         with scratch.frame():
-            x = self._norm(Kind.FFN_NORM, layer, hidden)
-            up = product(self._linears[layer, Linear.GATE_UP], x, rows)
+            up = product(self._linears[layer, Linear.GATE_UP], self._norm(Kind.FFN_NORM, layer, hidden), rows)
             inner = arithmetic.silu_times(up, scratch) if self._config.gated else arithmetic.gelu(up, scratch)
             hidden += product(self._linears[layer, Linear.DOWN], inner, rows)
 
@@ -135,17 +138,3 @@ class Decoder:
         if self._config.layer_norm:
             return arithmetic.layer_norm(x, gain, vectors[Name(kind, layer, bias=True)], eps, self._scratch)
         return arithmetic.rms_norm(x, gain, eps, self._scratch)
-
-
-def scratch_bytes(weights: Weights, rows: int) -> int:
-    """An upper bound of what one forward pass over `rows` rows asks of its scratch."""
-    config = weights.config
-    widest = max(24 * spec.k + 20 * spec.n for spec in weights.specs[:-1])
-    head = weights.specs[-1]
-    kept = 4 * (4 * config.hidden + 3 * config.ffn + 3 * config.q_width + 2 * config.kv_width)
-    return rows * (widest + kept) + head_rows(rows) * (24 * head.k + 20 * head.n) + (1 << 16)
-
-
-def head_rows(rows: int) -> int:
-    """How many rows of a batch may ask for logits: one for each sequence in it."""
-    return min(rows, 16)

@@ -1,8 +1,8 @@
 """The only code that talks to the GPU worker: one stream of calls, used from the compute thread.
 
 What comes back is hostile until a scheme has verified it. Here it is only bounded: the right id, dtype, shape and
-length, assembled into memory that nobody else holds; anything else is a VerificationError. Every wait has a
-deadline: `expire`, called from the asyncio thread, cancels a call that is over it.
+length, copied once, into the caller's array; anything else is a VerificationError. Every wait has a deadline:
+`expire`, called from the asyncio thread, cancels a call that is over it.
 """
 
 import queue
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import numpy as np
 
 from wire import channel, codec
 from wire.errors import (
@@ -29,14 +28,7 @@ from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
 
 LOAD_SECONDS = 600.0
-_ANSWERS: dict[str | None, type] = {
-    "ring_matmul": np.int32,
-    "matmul": np.float32,
-    "forward": np.float32,
-    "chain": np.float32,
-    "cache": np.int32,
-    "provision": np.float32,
-}
+LONGEST_SPIN = 0.002
 
 
 @dataclass
@@ -46,12 +38,15 @@ class Traffic:
     exchanges: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
-    seconds: float = 0.0  # in calls
+    seconds: float = 0.0  # in calls, world switches included
     worker_seconds: float = 0.0  # of these, what the GPU worker says that it computed
 
 
 class GpuWorker:
-    """A connection that is made when it is needed, and made again when it broke."""
+    """A connection that is made when it is needed, and made again when it broke.
+
+    `switch_us`: microseconds that each exchange takes longer, as leaving a TEE and coming back would.
+    """
 
     def __init__(
         self,
@@ -61,7 +56,9 @@ class GpuWorker:
         seconds: float = 60.0,
         connect_seconds: float = 10.0,
         tls: Tls | None = None,
+        switch_us: int = 0,
     ) -> None:
+        self._switch_seconds = switch_us / 1e6
         self._connect_seconds, self._tls = connect_seconds, tls
         self.traffic = Traffic()
         self._stream = 0
@@ -118,18 +115,20 @@ class GpuWorker:
         if started is not None and responses is not None and time.monotonic() - started > self._seconds:
             responses.cancel()
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
-        """One exchange. `shape` is that of the answer; None for an operation that answers without a tensor.
+    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+        """One exchange. The answer fills `into`, C-contiguous; None for an operation that answers without a tensor.
 
-        Raises VerificationError for an answer of any other form, UnavailableError or DeadlineError when none comes.
+        Raises VerificationError for an answer of another dtype, shape or length, UnavailableError or DeadlineError when
+        none comes. `into` holds junk then.
         """
         self._notice_end()
         if self._responses is None:
             self.connect()
         self._started = time.monotonic()
         try:
+            self._switch()
             self._send(operation, array)
-            answer = self._receive(shape, np.dtype(_ANSWERS[operation.WhichOneof("kind")]))
+            self._receive(into)
         except grpc.RpcError as error:
             late = time.monotonic() - self._started > self._seconds
             self.close()
@@ -145,12 +144,21 @@ class GpuWorker:
             self.traffic.worker_seconds += min(self._claimed, elapsed)
             self._started, self._claimed = None, 0.0
         self.traffic.exchanges += 1
-        return answer
 
     def _notice_end(self) -> None:
         """A stream that ended between two calls is no error: nothing was on it."""
         if self._responses is not None and not self._responses.is_active():
             self.close()
+
+    def _switch(self) -> None:
+        """Take as long as a world switch. A sleep lasts 50 us and more longer than it should, which is what a switch
+        takes: so the last 2 ms are spun."""
+        if self._switch_seconds:
+            end = time.perf_counter() + self._switch_seconds
+            if self._switch_seconds > LONGEST_SPIN:
+                time.sleep(self._switch_seconds - LONGEST_SPIN)
+            while time.perf_counter() < end:
+                pass
 
     def _send(self, operation: pb.Operation, array: codec.Array | None) -> None:
         self._id += 1
@@ -164,24 +172,19 @@ class GpuWorker:
             self.traffic.bytes_up += frame.ByteSize()
             self._requests.put(frame)
 
-    def _receive(self, shape: tuple[int, ...] | None, dtype: np.dtype[Any]) -> codec.Array:
+    def _receive(self, into: codec.Array | None) -> None:
         frames = self._frames()
         first = next(frames)
         self._claimed = first.compute_us / 1e6
         if first.refused:
             raise _Refused(first.refused)
+        if into is None:
+            return
         try:
-            if shape is None:
-                return np.empty(0, np.float32)
-            if len(first.header.shape) != len(shape) or tuple(first.header.shape) != shape:
-                raise VerificationError
-            assembler = codec.Assembler(first.header)
-            if assembler.dtype != dtype:
-                raise VerificationError
+            assembler = codec.Assembler(first.header, into)
             assembler.add(first.data)
             while not assembler.done:
                 assembler.add(next(frames).data)
-            return assembler.array()
         except InvalidArgumentError:
             raise VerificationError from None
 

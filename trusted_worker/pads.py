@@ -8,13 +8,15 @@ encoding is injective and the index only moves forward, so no two uses share a s
 a name, outside the budget. An entry is opened once. Whoever can write the file can make opening fail, no more.
 
 `Refill` makes them: hundreds of rows at once through float64 BLAS, in tiles of bounded work, so that the compute
-loop can do one whenever nobody waits.
+loop can do one whenever nobody waits. Where the embedding table does not fit the budget a pad has one more part, for
+the masked lookup: as long as the vocabulary is large, so it is made and multiplied tile by tile of the table.
 """
 
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,15 +24,15 @@ from Crypto.Cipher import AES
 from Crypto.Hash import SHA256
 from Crypto.Protocol.KDF import HKDF
 
-from trusted_worker.arithmetic import I8, I32, exact_product
-from trusted_worker.secure_memory import ALIGNMENT, Scratch, SecureMemory
+from trusted_worker.arithmetic import F64, I8, I32, exact_lookup, exact_product
+from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
-from wire.errors import CleaveError, VerificationError
-from wire.linears import LinearSpec
+from wire.errors import CleaveError, ExhaustedError, ParkedError
+from wire.linears import LOOKUP_LAYER, LinearSpec
+from wire.scratch import SEGMENT
 
 TAG_BYTES = 16
-SEGMENT = 1 << 13  # outputs sealed together
-MAX_REFILL_ROWS = 256
+WORDS_OF_BLOCK = 4  # 32-bit words of a block of AES
 
 
 class PadReuseError(CleaveError):
@@ -62,12 +64,14 @@ class PadSource:
         self._next += count
         return first
 
-    def write(self, spec: LinearSpec, index: int, out: Any) -> None:
-        """r for one row of a linear into out, a C-contiguous 32-bit array of k words."""
+    def write(self, spec: LinearSpec, index: int, out: Any, first: int = 0) -> None:
+        """r for one row of a linear into out, a C-contiguous 32-bit array: words `first` on, a multiple of 4."""
         if os.getpid() != self._pid or not self._key:
             raise PadReuseError("pads were asked for by a forked process")
-        stream = AES.new(self._key, AES.MODE_CTR, nonce=nonce(spec, 0, index), initial_value=0)
-        stream.encrypt(bytes(out.nbytes), output=out.data.cast("B"))
+        stream = AES.new(self._key, AES.MODE_CTR, nonce=nonce(spec, 0, index), initial_value=first // WORDS_OF_BLOCK)
+        out[...] = 0
+        view = out.data.cast("B")
+        stream.encrypt(view, output=view)
 
     def spend(self, spec: LinearSpec, index: int, out: Any) -> None:
         """r for masking: like `write`, once and in increasing order for each linear. Raises PadReuseError."""
@@ -120,28 +124,35 @@ class Bank:
         return [self._free.pop() for _ in range(rows)]
 
     def put(self, spec: LinearSpec, segment: int, index: int, slot: int, u: I32) -> None:
-        """Seal one segment of u and park it."""
+        """Seal one segment of u and park it. Raises ExhaustedError when the folder is full."""
         cipher = AES.new(self._key, AES.MODE_GCM, nonce=nonce(spec, segment, index))
-        sealed, tag = cipher.encrypt_and_digest(u.tobytes())
-        os.pwrite(self._file.fileno(), sealed + tag, slot * self._row_bytes + self._offsets[spec, segment])
+        sealed = cipher.encrypt_and_digest(u.tobytes())
+        start = slot * self._row_bytes + self._offsets[spec, segment]
+        try:
+            complete = os.pwritev(self._file.fileno(), sealed, start) == u.nbytes + TAG_BYTES
+        except OSError:
+            complete = False
+        if not complete:
+            raise ExhaustedError("the folder for parked pads is full or cannot be written")
 
     def publish(self, first: int, slots: list[int]) -> None:
         """A refill is complete: its pads are in stock."""
         self._ready.extend(enumerate(slots, first))
 
-    def open(self, spec: LinearSpec, index: int, slot: int, out: Any) -> None:
-        """u of one row into out int32[n], C-contiguous. Raises VerificationError when the file was changed."""
-        start = 0
-        for segment, width in segments(spec):
-            where = slot * self._row_bytes + self._offsets[spec, segment]
-            sealed = os.pread(self._file.fileno(), 4 * width + TAG_BYTES, where)
-            cipher = AES.new(self._key, AES.MODE_GCM, nonce=nonce(spec, segment, index))
-            try:
-                piece = out[start : start + width].data.cast("B")
-                cipher.decrypt_and_verify(sealed[:-TAG_BYTES], sealed[-TAG_BYTES:], output=piece)
-            except ValueError:
-                raise VerificationError from None
-            start += width
+    @property
+    def size(self) -> int:
+        """Bytes that lie outside when the bank is full."""
+        return self.capacity * self._row_bytes
+
+    def open(self, spec: LinearSpec, segment: int, index: int, slot: int, out: I32) -> None:
+        """One segment of u into out int32[width], C-contiguous. Raises ParkedError when the file was changed."""
+        start = slot * self._row_bytes + self._offsets[spec, segment]
+        cipher = AES.new(self._key, AES.MODE_GCM, nonce=nonce(spec, segment, index))
+        try:
+            sealed = memoryview(os.pread(self._file.fileno(), out.nbytes + TAG_BYTES, start))
+            cipher.decrypt_and_verify(sealed[:-TAG_BYTES], sealed[-TAG_BYTES:], output=out.data.cast("B"))
+        except (OSError, ValueError):
+            raise ParkedError from None
 
     def release(self, slot: int) -> None:
         """The pad is spent: its slot may hold another."""
@@ -155,15 +166,28 @@ class Pad:
         self._bank, self.index, self._slot = bank, index, slot
         self._burnt = False
 
-    def open(self, spec: LinearSpec, out: Any) -> None:
-        """u of one linear into out int32[n]. Raises VerificationError."""
-        self._bank.open(spec, self.index, self._slot, out)
+    def remove(self, spec: LinearSpec, y: I32, scratch: Scratch) -> None:
+        """y - u in place, int32[n] of one linear; u is opened segment by segment. Raises ParkedError."""
+        with scratch.frame():
+            u: I32 = scratch.empty((min(SEGMENT, spec.n),), np.int32)
+            for segment, width in segments(spec):
+                self._bank.open(spec, segment, self.index, self._slot, u[:width])
+                y[segment * SEGMENT : segment * SEGMENT + width] -= u[:width]
 
     def burn(self) -> None:
         """Give the slot back; the index is never used again. A second call does nothing."""
         if not self._burnt:
             self._burnt = True
             self._bank.release(self._slot)
+
+
+@dataclass(frozen=True)
+class Pads:
+    """All of it: where pads come from, where they wait, and what makes them."""
+
+    source: PadSource
+    bank: Bank
+    refill: "Refill"
 
 
 def row_bytes(specs: list[LinearSpec]) -> int:
@@ -177,13 +201,14 @@ def segments(spec: LinearSpec) -> list[tuple[int, int]]:
 
 
 class Refill:
-    """Fills a bank in tiles. Its memory is taken when it is made: no session can take it away later."""
+    """Fills a bank in tiles, `rows` pads at a time. Its memory is taken when it is made, and never by a session."""
 
-    def __init__(self, source: PadSource, bank: Bank, weights: Weights, memory: SecureMemory) -> None:
-        self._source, self._bank, self._weights = source, bank, weights
-        row = 12 * max(spec.k for spec in weights.specs) + 4 * min(SEGMENT, max(spec.n for spec in weights.specs))
-        self._rows = max(1, min(MAX_REFILL_ROWS, bank.capacity, memory.budget // 8 // row))
-        self._scratch = Scratch(memory, self._rows * row + 4 * ALIGNMENT)
+    def __init__(
+        self, source: PadSource, bank: Bank, weights: Weights, specs: list[LinearSpec], scratch: Scratch, rows: int
+    ) -> None:
+        """`specs`: those of the bank. `scratch`: its own, for `rows` rows; see wire.plan.refill_bytes."""
+        self._source, self._bank, self._weights, self._specs = source, bank, weights, specs
+        self._scratch, self._rows = scratch, min(rows, bank.capacity)
         self._tiles: Iterator[None] = iter(())
 
     def tile(self) -> bool:
@@ -200,9 +225,10 @@ class Refill:
         slots = self._bank.claim(min(self._rows, self._bank.room))
         first = self._source.reserve(len(slots))
         try:
-            for spec in self._weights.specs:
+            for spec in self._specs:
+                fill = self._fill_lookup if spec.layer == LOOKUP_LAYER else self._fill
                 with self._scratch.frame():
-                    yield from self._fill(spec, first, slots)
+                    yield from fill(spec, first, slots)
         except BaseException:
             for slot in slots:
                 self._bank.release(slot)
@@ -210,24 +236,50 @@ class Refill:
         self._bank.publish(first, slots)
 
     def _fill(self, spec: LinearSpec, first: int, slots: list[int]) -> Iterator[None]:
-        """u of one linear: r as signed words, products tile by tile, sealed segment by segment."""
-        words = self._scratch.empty((len(slots), spec.k), np.int32)
-        for row in range(len(slots)):
-            self._source.write(spec, first + row, words[row])
-        r = self._scratch.empty(words.shape, np.float64)
-        np.copyto(r, words)
-        u = self._scratch.empty((len(slots), min(SEGMENT, spec.n)), np.int32)
-        for segment, offset, tile in _aligned(self._weights.tiles(spec)):
-            exact_product(r, [(offset, tile)], u)
-            yield
-            end = offset + len(tile)
-            if end == SEGMENT or segment * SEGMENT + end == spec.n:
-                for row, slot in enumerate(slots):
-                    self._bank.put(spec, segment, first + row, slot, u[row, :end])
+        """u of one linear: products tile by tile, sealed segment by segment."""
+        r: F64 = self._scratch.empty((len(slots), spec.k), np.float64)
+        self._pads(spec, first, 0, r)
+        u: I32 = self._scratch.empty((len(slots), min(SEGMENT, spec.n)), np.int32)
+        with self._weights.tiles(spec, self._scratch) as tiles:
+            for segment, offset, tile in _aligned(tiles):
+                exact_product(r, [(offset, tile)], u, self._scratch)
                 yield
+                end = offset + len(tile)
+                if end == SEGMENT or segment * SEGMENT + end == spec.n:
+                    self._seal(spec, segment, first, slots, u[:, :end])
+                    yield
+
+    def _fill_lookup(self, spec: LinearSpec, first: int, slots: list[int]) -> Iterator[None]:
+        """u of the masked lookup: summed over the tiles of the table, each with its own piece of r."""
+        u: I32 = self._scratch.empty((len(slots), spec.n), np.int32)
+        part: I32 = self._scratch.empty(u.shape, np.int32)
+        u[...] = 0
+        with self._weights.table(self._scratch) as tiles:
+            for start, tile in tiles:
+                with self._scratch.frame():
+                    r: F64 = self._scratch.empty((len(slots), len(tile)), np.float64)
+                    self._pads(spec, first, start, r)
+                    exact_lookup(r, [(0, tile)], part, self._scratch)
+                    u += part
+                yield
+        for segment, width in segments(spec):
+            self._seal(spec, segment, first, slots, u[:, segment * SEGMENT : segment * SEGMENT + width])
+        yield
+
+    def _pads(self, spec: LinearSpec, first: int, start: int, r: F64) -> None:
+        """Words `start` on of r of each pad, as signed integers in float64[rows, words]."""
+        with self._scratch.frame():
+            words: I32 = self._scratch.empty((r.shape[1],), np.int32)
+            for row in range(len(r)):
+                self._source.write(spec, first + row, words, start)
+                r[row] = words
+
+    def _seal(self, spec: LinearSpec, segment: int, first: int, slots: list[int], u: I32) -> None:
+        for row, slot in enumerate(slots):
+            self._bank.put(spec, segment, first + row, slot, u[row])
 
 
-def _aligned(tiles: Iterator[tuple[int, I8]]) -> Iterator[tuple[int, int, I8]]:
+def _aligned(tiles: Iterable[tuple[int, I8]]) -> Iterator[tuple[int, int, I8]]:
     """The same tiles, cut where a segment ends: (segment, first row within it, rows)."""
     for first, tile in tiles:
         start = first

@@ -35,23 +35,22 @@ class RemoteCache:
     def rest(self) -> None:
         """Nothing to do."""
 
-    def wake(self) -> None:
-        """Raises UnavailableError when the cache is lost."""
+    def wake(self, tokens: int) -> int:
+        """All tokens have room since the cache was reserved. Raises UnavailableError when it is lost."""
         self._require()
+        return tokens
 
     def free(self) -> None:
         """Have the worker drop it; one that is gone has dropped it already."""
         with suppress(CleaveError):
             self.act(pb.Cache(drop=pb.Drop()))
 
-    def act(
-        self, action: pb.Cache, array: codec.Array | None = None, shape: tuple[int, ...] | None = None
-    ) -> codec.Array:
+    def act(self, action: pb.Cache, array: codec.Array | None = None, into: codec.Array | None = None) -> None:
         """One thing about this sequence's cache. See schemes.base.Worker.call."""
         if not action.HasField("reserve"):
             self._require()
         action.sequence = self.sequence
-        return self._worker.call(pb.Operation(cache=action), array, shape)
+        self._worker.call(pb.Operation(cache=action), array, into)
 
     def _require(self) -> None:
         """An operation that names a lost cache would end the new stream, for everybody."""

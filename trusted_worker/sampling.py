@@ -1,19 +1,30 @@
 """From logits to one token: repetition penalty, temperature, top-k, top-p, in the order of transformers.
 
 Log-probabilities are those of the model, before any of these.
+
+Nothing here is as long as the vocabulary but one array in the caller's scratch: scores in float64, which become 64-bit
+keys where they stand. A key orders like its score, highest first, and its low bits are the token, so that sorting keys
+in place ranks the tokens, equal ones by number, and the score can be read back from the key. It loses as many bits of
+its 52 as a token has; those of logits, which come from float32, are zero anyway.
 """
 
+import math
 import secrets
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from trusted_worker.arithmetic import F32
+from trusted_worker.arithmetic import F32, F64
+from trusted_worker.secure_memory import ALIGNMENT, Scratch
 from wire.errors import InvalidArgumentError
 from wire.v1 import trusted_worker_pb2 as pb
 
 MAX_LOGPROBS = 100
+BLOCK = 1 << 11  # elements that numpy's temporaries hold
+
+I64 = npt.NDArray[np.int64]
+_MAGNITUDE = np.int64((1 << 63) - 1)  # all bits of a float64 but its sign
 
 
 @dataclass(frozen=True)
@@ -33,36 +44,108 @@ class Sampler:
         self._settings = settings
         self._random = np.random.default_rng(settings.seed if settings.seeded else secrets.randbits(128))
 
-    def choose(self, logits: F32, context: list[int]) -> Choice:
-        """One token for logits float32[vocabulary], given all tokens so far."""
-        if not np.isfinite(logits).all():
+    def choose(self, logits: F32, context: list[int], scratch: Scratch) -> Choice:
+        """One token for logits float32[vocabulary], given all tokens so far. See scratch_bytes."""
+        if not np.isfinite(logits.max()) or not np.isfinite(logits.min()):
             raise InvalidArgumentError("the model's logits are not finite")
-        scores = logits.astype(np.float64)
-        logprobs = _log_softmax(scores)
+        with scratch.frame():
+            scores: F64 = scratch.empty(logits.shape, np.float64)
+            token = self._token(logits, context, scores)
+            top = self._top(logits, scores)
+        best, mass = float(logits.max()), _mass(logits)
+        logprobs = [(one, float(logits[one]) - best - math.log(mass)) for one in (token, *top)]
+        return Choice(token, logprobs[0][1], tuple(logprobs[1:]))
+
+    def _token(self, logits: F32, context: list[int], scores: F64) -> int:
+        np.copyto(scores, logits)
         penalty = self._settings.repetition_penalty
         if penalty not in (0.0, 1.0):
-            seen = np.unique(context)
-            scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
-        token = int(scores.argmax()) if not self._settings.temperature else self._draw(scores)
-        top = np.argsort(-logprobs, kind="stable")[: self._settings.logprobs] if self._settings.logprobs else ()
-        return Choice(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+            for start in range(0, len(context), BLOCK):  # from the logits: a token that comes again changes nothing
+                seen = np.array(context[start : start + BLOCK])
+                before = logits[seen].astype(np.float64)
+                scores[seen] = np.where(before > 0, before / penalty, before * penalty)
+        if not self._settings.temperature:
+            return int(scores.argmax())
+        kept = rank(scores, self._settings.top_k)
+        return kept.draw(self._settings.temperature, self._settings.top_p, self._random.random())
 
-    def _draw(self, scores: npt.NDArray[np.float64]) -> int:
-        order = np.argsort(-scores, kind="stable")
-        if self._settings.top_k:
-            order = order[: self._settings.top_k]
-        probabilities = np.exp(_log_softmax(scores[order] / self._settings.temperature))
-        if 0 < self._settings.top_p < 1:
-            before = np.cumsum(probabilities) - probabilities
-            keep = before < self._settings.top_p
-            order, probabilities = order[keep], probabilities[keep]
-        return int(self._random.choice(order, p=probabilities / probabilities.sum()))
+    def _top(self, logits: F32, scores: F64) -> list[int]:
+        count = self._settings.logprobs
+        if not count:
+            return []
+        np.copyto(scores, logits)
+        return [int(token) for token in rank(scores, count).tokens(0, count)]
 
 
-def _log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    shifted = scores - scores.max()
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return result
+@dataclass(frozen=True)
+class Ranking:
+    """Keys of the best tokens, best first."""
+
+    keys: I64
+    mask: np.int64  # the bits that are the token
+
+    def tokens(self, start: int, stop: int) -> I64:
+        """The tokens of these ranks."""
+        result: I64 = self.keys[start:stop] & self.mask
+        return result
+
+    def scores(self, start: int, stop: int) -> F64:
+        """Their scores."""
+        flipped = ~self.keys[start:stop]
+        return ((flipped ^ (flipped >> 63 & _MAGNITUDE)) & ~self.mask).view(np.float64)
+
+    def weights(self, temperature: float, start: int, stop: int) -> F64:
+        """Their probabilities at this temperature, up to a factor that all share."""
+        best = self.scores(0, 1) / temperature
+        result: F64 = np.exp(self.scores(start, stop) / temperature - best)
+        return result
+
+    def draw(self, temperature: float, top_p: float, uniform: float) -> int:
+        """The token at `uniform`, in [0, 1), of the summed probabilities of the first tokens that reach top_p."""
+        starts = range(0, len(self.keys), BLOCK)
+        sums = [float(self.weights(temperature, start, start + BLOCK).sum()) for start in starts]
+        mass = sum(sums)
+        if 0 < top_p < 1:
+            _, mass = self.reach(temperature, sums, top_p * mass)
+        place, _ = self.reach(temperature, sums, uniform * mass)
+        return int(self.tokens(place, place + 1)[0])
+
+    def reach(self, temperature: float, sums: list[float], target: float) -> tuple[int, float]:
+        """The first rank at which the summed weights reach `target`, and their sum. `sums` are those of each block."""
+        block, before = 0, 0.0
+        while block < len(sums) - 1 and before + sums[block] < target:
+            before += sums[block]
+            block += 1
+        within = before + np.cumsum(self.weights(temperature, block * BLOCK, (block + 1) * BLOCK))
+        place = min(int(np.searchsorted(within, target)), len(within) - 1)
+        return block * BLOCK + place, float(within[place])
+
+
+def rank(scores: F64, count: int) -> Ranking:
+    """The `count` best tokens, 0 for all, by their scores float64[vocabulary], which become keys."""
+    keys, bits = scores.view(np.int64), (len(scores) - 1).bit_length()
+    mask = np.int64((1 << bits) - 1)
+    for start in range(0, len(keys), BLOCK):
+        part = (scores[start : start + BLOCK] + 0.0).view(np.int64)  # -0 becomes 0
+        ascending = part ^ (part >> 63 & _MAGNITUDE)
+        keys[start : start + BLOCK] = ~ascending & ~mask | np.arange(start, start + len(part))
+    if 0 < count < len(keys):
+        keys.partition(count - 1)
+        keys = keys[:count]
+    keys.sort()
+    return Ranking(keys, mask)
+
+
+def scratch_bytes(vocabulary: int) -> int:
+    """What `Sampler.choose` asks of its scratch."""
+    return 8 * vocabulary + ALIGNMENT
+
+
+def _mass(logits: F32) -> float:
+    """The sum of exp(logit - best)."""
+    best = float(logits.max())
+    blocks = (logits[start : start + BLOCK].astype(np.float64) for start in range(0, len(logits), BLOCK))
+    return sum(float(np.exp(block - best).sum()) for block in blocks)
 
 
 def _check(settings: pb.Sampling) -> None:

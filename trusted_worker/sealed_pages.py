@@ -3,19 +3,20 @@
 A sequence has a key of its own, HKDF(boot key, salt = its number); numbers only move forward, and a boot key lasts for
 one boot. A page is named by kind, layer and number, and every time it is sealed its version moves forward, in our
 memory. The 96-bit nonce is u8 kind || u16 layer || u32 page || u40 version: injective, so no two seals share one. The
-same 12 bytes are the associated data. A page is opened from the copy that was read, into the caller's array.
+same 12 bytes are the associated data. A page is read into the caller's array, checked and opened there.
 
 Who watches the folder or the disk sees how many pages a sequence has, their sizes, and when which of them is written
-and read: its length, and where attention reads back. Who can write there can make opening fail (VerificationError):
-flipped bits, other pages, pages of other sequences, older versions and a shorter file are all rejected. What breaks
-it: a reader of our memory, and a process that is forked and seals with our keys and versions.
+and read: its length, and where attention reads back. Who can write there can make opening fail (ParkedError): flipped
+bits, other pages, pages of other sequences, older versions and a shorter file are all rejected. What breaks it: a
+reader of our memory, and a process that is forked and seals with our keys and versions.
 """
 
 import os
 import struct
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from Crypto.Cipher import AES
 from Crypto.Hash import SHA256
 from Crypto.Protocol.KDF import HKDF
 
-from wire.errors import ExhaustedError, VerificationError
+from wire.errors import ExhaustedError, ParkedError
 
 TAG_BYTES = 16
 Page = npt.NDArray[Any]
@@ -45,64 +46,79 @@ class PageStore:
         return SealedPages(key, self._folder)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Slot:
-    """Where a page lies, how long it is without its tag, and how often it was sealed."""
+    """Where a page lies, how long it is without its tag, how often it was sealed, and whether it was written whole."""
 
     offset: int
     size: int
     version: int = 0
+    complete: bool = False
 
 
 class SealedPages:
-    """The pages of one sequence. Used from the compute thread only."""
+    """The pages of one sequence, in a file that is made for the first of them.
+
+    Used from the compute thread, but for `open`, which another thread may run as long as nothing is sealed meanwhile.
+    """
 
     def __init__(self, key: bytes, folder: str | None) -> None:
-        self._key = key
+        self._key, self._folder = key, folder
         self._slots: dict[tuple[int, int, int], _Slot] = {}
-        self._end = 0
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="cleave-pages-")  # noqa: SIM115
+        self._file: IO[bytes] | None = None
+        self.size = 0  # bytes outside
 
     def seal(self, kind: int, layer: int, page: int, data: Page) -> None:
         """Park a page, C-contiguous; it takes the place of its last version and must have the same size.
 
-        Raises ExhaustedError when the folder is full; the page is lost then.
+        Raises ExhaustedError when the folder is full or gone; `data` is as it was, but what was parked is lost.
         """
         if (kind, layer, page) not in self._slots:
-            self._slots[kind, layer, page] = _Slot(self._end, data.nbytes)
-            self._end += data.nbytes + TAG_BYTES
+            self._slots[kind, layer, page] = _Slot(self.size, data.nbytes)
+            self.size += data.nbytes + TAG_BYTES
         slot = self._find(kind, layer, page, data)
         # 1. A version is used once, whatever becomes of the write.
-        slot.version += 1
+        slot.version, slot.complete = slot.version + 1, False
         # 2. Seal, and write over the version before.
         sealed = self._cipher(kind, layer, page, slot).encrypt_and_digest(data.data.cast("B"))
-        try:
-            complete = os.pwritev(self._file.fileno(), sealed, slot.offset) == slot.size + TAG_BYTES
-        except OSError:
-            complete = False
-        if not complete:
+        with suppress(OSError):
+            slot.complete = os.pwritev(self._descriptor(), sealed, slot.offset) == slot.size + TAG_BYTES
+        if not slot.complete:
             raise ExhaustedError("the folder for parked pages is full or cannot be written")
+
+    def holds(self, kind: int, layer: int, page: int) -> bool:
+        """Whether the page was parked, and its last version was written whole."""
+        slot = self._slots.get((kind, layer, page))
+        return slot is not None and slot.complete
 
     def open(self, kind: int, layer: int, page: int, out: Page) -> None:
         """The last version of a page into `out`, C-contiguous and of its size; it stays parked.
 
-        Raises VerificationError, with `out` wiped, when the file was changed; KeyError for a page never sealed.
+        Raises ParkedError, with `out` wiped, when the file was changed; KeyError for a page never sealed.
         """
-        slot, plain = self._find(kind, layer, page, out), out.data.cast("B")
+        slot, data = self._find(kind, layer, page, out), out.data.cast("B")
+        tag = bytearray(TAG_BYTES)
         try:
-            # 1. A copy that nobody else can change, 2. decrypted and checked; 3. what fails leaves nothing behind.
-            sealed = memoryview(os.pread(self._file.fileno(), slot.size + TAG_BYTES, slot.offset))
-            cipher = self._cipher(kind, layer, page, slot)
-            cipher.decrypt_and_verify(sealed[:-TAG_BYTES], sealed[-TAG_BYTES:], output=plain)
-        except (OSError, ValueError):
-            np.frombuffer(plain, np.uint8)[:] = 0
-            raise VerificationError from None
+            # 1. A copy that nobody else can change, 2. checked and decrypted; 3. what fails leaves nothing behind.
+            if os.preadv(self._descriptor(), [data, tag], slot.offset) != slot.size + TAG_BYTES:
+                raise ParkedError
+            self._cipher(kind, layer, page, slot).decrypt_and_verify(data, tag, output=data)
+        except (OSError, ValueError, ParkedError):
+            np.frombuffer(data, np.uint8)[:] = 0
+            raise ParkedError from None
 
     def free(self) -> None:
         """Give the file back and forget the key. A second call does nothing; no page can be opened afterwards."""
         self._key = b""
         self._slots.clear()
-        self._file.close()
+        self.size = 0
+        if self._file is not None:
+            self._file.close()
+
+    def _descriptor(self) -> int:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="cleave-pages-")  # noqa: SIM115
+        return self._file.fileno()
 
     def _find(self, kind: int, layer: int, page: int, data: Page) -> _Slot:
         slot = self._slots[kind, layer, page]

@@ -22,6 +22,9 @@ from wire.sealing import Seal
 from wire.v1 import trusted_worker_pb2 as pb
 from wire.v1 import trusted_worker_pb2_grpc
 
+MAX_BACKLOG = 1 << 20  # bytes of embeddings of one session that wait for a step
+POLL_SECONDS = 0.005
+
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 log = logging.getLogger(__name__)
@@ -120,7 +123,11 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
                     await self._compute(partial(session.attach, emit))
                 if frame.session != name:
                     raise InvalidArgumentError("a stream belongs to one session")
-                await self._compute(partial(session.feed, list(frame.token_ids), frame.credit, frame.end_turn))
+                await self._compute(
+                    partial(session.feed, list(frame.token_ids), frame.credit, frame.end_turn, frame.embeddings)
+                )
+                while session.backlog > MAX_BACKLOG and not session.dead:  # the client waits: no more frames are read
+                    await asyncio.sleep(POLL_SECONDS)
             events.put_nowait(None)
         except CleaveError as error:
             events.put_nowait(error)

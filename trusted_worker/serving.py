@@ -8,6 +8,7 @@ import signal
 import grpc
 
 from trusted_worker.config import Settings
+from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.server import TrustedWorker
 from trusted_worker.service import Service
 from wire import channel, metrics
@@ -24,7 +25,7 @@ GRACE_SECONDS = 1.0  # for calls that are under way when everything ends
 MAX_CALLS = 256  # at once, of all clients
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, limit: ProcessLimit) -> None:
     """Serve until SIGTERM or SIGINT. Raises CleaveError when the model or an address cannot be used."""
     encrypted = settings.tls_certificate is not None
     for address, safe in ((settings.listen, False), (settings.gpu_worker, encrypted)):
@@ -33,7 +34,12 @@ def run(settings: Settings) -> None:
                 f"{address} is not on this machine and nothing is encrypted: use loopback, a Unix socket, or "
                 "(to the GPU worker) --tls-certificate, or say --insecure-plaintext"
             )
-    asyncio.run(_serve(Service(settings), settings))
+    log.info("process memory: %s, %d bytes", limit.kind, limit.bytes)
+    if settings.switch_us:
+        log.warning("%d us are charged for each exchange, as a world switch", settings.switch_us)
+    if settings.insecure_unchecked_tiles:
+        log.warning("streamed weights are used without comparing their digests")
+    asyncio.run(_serve(Service(settings, limit), settings))
 
 
 async def _serve(service: Service, settings: Settings) -> None:

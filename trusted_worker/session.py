@@ -3,16 +3,22 @@
 `pending` are tokens that are not in the cache yet: new ones from the client, or the one sampled last. A session can
 step when it has something to prefill, or one token and credit for the answer to it. A turn starts with tokens from
 the client and ends with one FINAL: at an end-of-sequence token, when the context is full, or when the client says so.
+
+Where the client embeds (`width`), a pending token waits for its row of the embedding table too. Such rows wait in
+ordinary memory, in order, and are bounded: finite, of bounded size, and few (the server reads no frame meanwhile).
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from trusted_worker.arithmetic import F32
 from trusted_worker.kv_cache import Cache
 from trusted_worker.metrics import Latencies
 from trusted_worker.sampling import Sampler
+from trusted_worker.secure_memory import Scratch
 from wire.errors import CleaveError, ContextError, InvalidArgumentError, UnauthenticatedError, UnavailableError
 from wire.model_config import ModelConfig
 from wire.v1 import trusted_worker_pb2 as pb
@@ -22,14 +28,26 @@ Emit = Callable[[Event], None]
 
 
 MAX_FRAME_TOKENS = 4096
+EMBEDDING_FRAME_BYTES = 1 << 20  # of embeddings in one frame
+EMBEDDING_LIMIT = 65504.0  # largest element of a client's embedding: the largest float16
 
 
 class Session:
     """State machine of one session. `emit` receives tokens, FINALs and at most one error, after which it is dead."""
 
-    def __init__(self, config: ModelConfig, cache: Cache, sampler: Sampler, latencies: Latencies | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache: Cache,
+        sampler: Sampler,
+        scratch: Scratch,
+        latencies: Latencies,
+        client_embeds: bool = False,
+    ) -> None:
         self.cache = cache
-        self._latencies = latencies or Latencies()
+        self._scratch, self._latencies = scratch, latencies
+        self._width = 4 * config.hidden if client_embeds else 0  # bytes of an embedding
+        self._embeddings: deque[bytes] = deque()  # of the first pending tokens
         self._waits: float | None = None  # since when a token could be computed
         self._first = True  # the next token is a turn's first
         self.dead = False
@@ -59,7 +77,12 @@ class Session:
         self._rest()
         return True
 
-    def feed(self, ids: list[int], credit: int, end_turn: bool) -> None:
+    @property
+    def backlog(self) -> int:
+        """Bytes of embeddings that wait for a step."""
+        return len(self._embeddings) * self._width
+
+    def feed(self, ids: list[int], credit: int, end_turn: bool, embeddings: bytes = b"") -> None:
         """A client's frame. Raises InvalidArgumentError or ContextError; the session lives on unchanged then."""
         if self.dead:
             raise UnauthenticatedError("no such session")
@@ -71,6 +94,7 @@ class Session:
         if held + len(ids) > self.cache.capacity:
             room = max(self.cache.capacity - held, 0)
             raise ContextError(f"{len(ids)} more tokens do not fit: the context has room for {room}")
+        self._embeddings.extend(self._checked(embeddings, len(ids)))
         if ids:
             self._first |= not self._in_turn
             self._latencies.prompt_tokens += len(ids)
@@ -94,16 +118,18 @@ class Session:
         """Rows that could go into a step now. The last pending token waits for credit."""
         if self.dead or not self._in_turn:
             return 0
-        return len(self._pending) if self._credit else max(len(self._pending) - 1, 0)
+        rows = len(self._pending) if self._credit else max(len(self._pending) - 1, 0)
+        return min(rows, len(self._embeddings)) if self._width else rows
 
-    def take(self, rows: int) -> tuple[list[int], bool]:
-        """The next `rows` tokens to compute, and whether the last one's logits are wanted."""
+    def take(self, rows: int) -> tuple[list[int], list[bytes], bool]:
+        """The next `rows` tokens to compute, their embeddings, and whether the last one's logits are wanted."""
         ids = [self._pending.popleft() for _ in range(rows)]
-        return ids, not self._pending
+        embeddings = [self._embeddings.popleft() for _ in range(rows if self._width else 0)]
+        return ids, embeddings, not self._pending
 
     def accept(self, logits: F32) -> None:
         """Sample from the logits of the last token, and hand the result to the client."""
-        choice = self._sampler.choose(logits, self._tokens)
+        choice = self._sampler.choose(logits, self._tokens, self._scratch)
         self._observe()
         self._tokens.append(choice.token)
         self._pending.append(choice.token)
@@ -131,6 +157,21 @@ class Session:
             self.cache.free()
             self._tokens.clear()
             self._pending.clear()
+            self._embeddings.clear()
+
+    def _checked(self, embeddings: bytes, tokens: int) -> list[bytes]:
+        """A frame's embeddings, row by row. Raises InvalidArgumentError for anything but what is due."""
+        if not self._width:
+            if embeddings:
+                raise InvalidArgumentError("this worker embeds tokens itself: send none")
+            return []
+        due = len(self._pending) + tokens - len(self._embeddings)
+        if len(embeddings) != due * self._width and (tokens or embeddings):
+            raise InvalidArgumentError(f"the client embeds here: {due} rows of {self._width} bytes are due")
+        values = np.frombuffer(embeddings, "<f4")
+        if not -EMBEDDING_LIMIT <= values.min(initial=0) <= values.max(initial=0) <= EMBEDDING_LIMIT:
+            raise InvalidArgumentError("an embedding is not finite, or too large")
+        return [embeddings[start : start + self._width] for start in range(0, len(embeddings), self._width)]
 
     def _finish(self, reason: pb.FinishReason.ValueType) -> None:
         self._rest()

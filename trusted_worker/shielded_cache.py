@@ -63,11 +63,11 @@ class ShieldedCache(RemoteCache):
         """It may be parked from now on, until it wakes."""
         self.resting = self.length > 0 and not self.parked
 
-    def wake(self) -> None:
+    def wake(self, tokens: int) -> int:
         """Bring parked pages back. Raises VerificationError for a page that was changed, UnavailableError."""
         self._wakes += 1
         self.resting = False
-        super().wake()
+        super().wake(tokens)
         for layer, page in self._all_pages() if self.parked else ():
             with self._scratch.frame():
                 words = self._scratch.empty((self._words,), np.int32)
@@ -75,6 +75,7 @@ class ShieldedCache(RemoteCache):
                 self.act(pb.Cache(write=pb.WritePage(layer=layer, page=page)), words)
             self._counts["pages_restored"] += 1
         self.parked = False
+        return tokens
 
     def park(self) -> Iterator[None]:
         """Seal one page at a time, then have the worker wipe them all; given up when the sequence wakes meanwhile."""
@@ -84,8 +85,10 @@ class ShieldedCache(RemoteCache):
         for layer, page in self._all_pages():
             if self._wakes != begun:
                 return
-            words = self.act(pb.Cache(read=pb.ReadPage(layer=layer, page=page)), None, (self._words,))
-            self._pages.seal(KV, layer, page, words)
+            with self._scratch.frame():
+                words = self._scratch.empty((self._words,), np.int32)
+                self.act(pb.Cache(read=pb.ReadPage(layer=layer, page=page)), None, words)
+                self._pages.seal(KV, layer, page, words)
             self._counts["pages_sealed"] += 1
             yield
         if self._wakes == begun:

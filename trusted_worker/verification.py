@@ -1,91 +1,178 @@
 """Step 5 of secure-infer: Freivalds' check modulo the prime P = 2^32 + 15, row by row, on the recovered integers.
 
-For a secret s in [0, P)^n and c = W_q^T s mod P, computed inside from our own weights: s.y_q = c.x_q (mod P).
-P > 2^32, so two different int32 values never agree modulo P; a wrong row passes with probability 1/P, and after Q
-failed attempts at most Q/P. One s serves every linear: what the worker learns from an accepted row is nothing, and
-from a rejected row one excluded hyperplane; s is redrawn after a rejection, before the worker is trusted again.
+For a secret s of n uniform 32-bit words and c = W_q^T s mod P, computed inside from our own weights, a right row has
+s.y_q = c.x_q (mod P). A wrong one differs from it by d != 0, whose entries are below 2^32 < P in magnitude. Take one
+that is not 0: whatever the rest of s, at most one residue of its s_j gives s.d = 0, and s_j is uniform on 2^32 of them,
+all different. So a wrong row passes with probability at most 2^-32, and after Q failed attempts at most Q / 2^32. One s
+serves every linear: what the worker learns from an accepted row is nothing, and from a rejected row one excluded
+hyperplane; s is redrawn after a rejection, before the worker is trusted again.
+
+s is not stored: it is the AES-256-CTR key stream of a key from the CSPRNG, expanded BLOCK outputs at a time. Only the
+first block is kept. c is kept as integers.
 
 Exactness: all sums are float64 BLAS on integers with every partial sum below 2^53.
-    s: four balanced 9-bit limbs, |limb| <= 2^8; |y_q| <= 2^31, so blocks of 2^13 outputs stay below 2^52.
-    c: three balanced 12-bit limbs, |limb| <= 2^11; |x_q| < 2^24, so k up to 2^17 stays below 2^52.
+    s: four bytes; |y_q| <= 2^31, so blocks of 2^13 outputs stay below 2^52. Blocks are summed in int64.
+    c: three balanced 12-bit limbs, |limb| <= 2^11; |x_q| < 2^24, so blocks of 2^13 inputs stay below 2^48.
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from Crypto.Cipher import AES
 
-from trusted_worker.arithmetic import F64, I8, I32, Y_LIMIT
-from trusted_worker.secure_memory import Block, SecureMemory
+from trusted_worker.arithmetic import F64, I8, I32, Y_LIMIT, exact_lookup, exact_product, exact_scratch_bytes
+from trusted_worker.secure_memory import ALIGNMENT, Block, Scratch, SecureMemory
 from wire.errors import PreconditionError
 from wire.linears import LinearSpec
 
 PRIME = (1 << 32) + 15
-S_BITS, S_LIMBS = 9, 4
+S_BITS, S_LIMBS = 8, 4
 C_BITS, C_LIMBS = 12, 3
-OUTPUT_BLOCK = 1 << 13
-INPUT_LIMIT = 1 << 17
+BLOCK = 1 << 13  # outputs, or inputs, that are summed in float64
+WORK = 1 << 15  # elements of y_q or x_q that lie in float64 at a time: 256 KiB
+COLUMNS = 1 << 10  # of c that are made at a time
+SIZE_LIMIT = 1 << 24  # inputs or outputs of a linear: sums of blocks stay below 2^63
+TABLE_LIMIT = 127  # |elements| of a row of the embedding table
 
-
-def limbs(values: list[int], bits: int, count: int) -> np.ndarray[tuple[int, int], np.dtype[np.int16]]:
-    """Values in [0, P) as int16[count, len]: balanced digits of base 2^bits whose weighted sum is the value mod P."""
-    rest = np.array(values, np.int64)
-    rest[rest > PRIME // 2] -= PRIME
-    out = np.empty((count, len(values)), np.int16)
-    half, base = 1 << (bits - 1), 1 << bits
-    for index in range(count):
-        digit = ((rest + half) & (base - 1)) - half
-        out[index] = digit
-        rest = (rest - digit) >> bits
-    return out
-
-
-def combine(sums: F64, bits: int) -> list[int]:
-    """float64[limbs, m] of exact integers below 2^53 -> the m weighted sums, modulo P."""
-    residues = sums.astype(np.int64) % PRIME
-    total = np.zeros(sums.shape[1], np.int64)
-    for index in range(len(sums)):
-        total += residues[index] * (1 << (bits * index)) % PRIME
-    return [int(value) for value in total % PRIME]
+I64 = npt.NDArray[np.int64]
+Digits = npt.NDArray[np.uint8] | npt.NDArray[np.int16]  # [limbs, width]
 
 
 class Verifier:
-    """The secret s, and c for every linear, in the arena."""
+    """The secret s, and c for every linear. `vocabulary`: rows of the embedding table, when lookups are verified."""
 
-    def __init__(self, memory: SecureMemory, specs: list[LinearSpec]) -> None:
-        if max(spec.k for spec in specs) > INPUT_LIMIT:
-            raise PreconditionError(f"linears of more than {INPUT_LIMIT} inputs cannot be verified exactly")
-        self._s = memory.allocate("verification", (S_LIMBS, max(spec.n for spec in specs)), np.int16)
+    def __init__(self, memory: SecureMemory, specs: list[LinearSpec], vocabulary: int = 0) -> None:
+        widest = max(spec.n for spec in specs)
+        if max(widest, *(spec.k for spec in specs)) > SIZE_LIMIT:
+            raise PreconditionError(f"linears of more than {SIZE_LIMIT} inputs or outputs cannot be verified exactly")
+        self._s = memory.allocate("verification", (S_LIMBS, min(BLOCK, widest)), np.uint8)
         self._c: dict[LinearSpec, Block] = {
             spec: memory.allocate("verification", (C_LIMBS, spec.k), np.int16) for spec in specs
         }
+        self._table: npt.NDArray[np.int16] = np.empty((C_LIMBS, 0), np.int16)
+        if vocabulary:
+            self._table = memory.allocate("verification", (C_LIMBS, vocabulary), np.int16).array
+        self._weights = np.concatenate([powers(S_BITS, S_LIMBS), -powers(C_BITS, C_LIMBS)])
         self.draw()
 
     def draw(self) -> None:
         """A fresh s from the operating system's CSPRNG; every `prepare` must run again."""
-        self._s.array[...] = limbs([secrets.randbelow(PRIME) for _ in range(self._s.array.shape[1])], S_BITS, S_LIMBS)
+        self._key = secrets.token_bytes(32)
+        self._expand(0, self._s.array)
 
-    def prepare(self, spec: LinearSpec, tiles: Iterable[tuple[int, I8]]) -> None:
+    def prepare(self, spec: LinearSpec, tiles: Iterable[tuple[int, I8]], scratch: Scratch) -> None:
         """c = W_q^T s mod P from the weights of one linear, (first row, int8[rows, k]) at a time."""
-        sums = np.zeros((S_LIMBS, spec.k), np.float64)
-        for first, tile in tiles:
-            sums += self._s.array[:, first : first + len(tile)].astype(np.float64) @ tile.astype(np.float64)
-        self._c[spec].array[...] = limbs(combine(sums, S_BITS), C_BITS, C_LIMBS)
+        with scratch.frame():
+            sums: I64 = scratch.empty((S_LIMBS, spec.k), np.int64)
+            part: I32 = scratch.empty(sums.shape, np.int32)
+            sums[...] = 0
+            for first, tile in tiles:
+                with scratch.frame():
+                    for start, digits in self._secret(first, first + len(tile), scratch):
+                        rows = tile[start - first : start - first + digits.shape[1]]
+                        exact_lookup(digits, [(0, rows)], part, scratch)  # below 2^8 * 2^7 * 2^13: nothing wraps
+                        sums += part
+            store(sums, self._c[spec].array)
 
-    def accepts(self, spec: LinearSpec, x_q: I32, y_q: I32) -> bool:
+    def prepare_lookup(self, tiles: Iterable[tuple[int, I8]], scratch: Scratch) -> None:
+        """c' = E_q s mod P, one residue for each row of the table: (first row, int8[rows, hidden]) at a time."""
+        for first, tile in tiles:
+            with scratch.frame():
+                wide: F64 = scratch.empty((S_LIMBS, tile.shape[1]), np.float64)
+                for start, digits in self._secret(0, tile.shape[1], scratch):
+                    wide[:, start : start + digits.shape[1]] = digits
+                sums: I32 = scratch.empty((S_LIMBS, len(tile)), np.int32)
+                exact_product(wide, [(0, tile)], sums, scratch)  # below 2^8 * 2^7 * 2^16: nothing wraps
+                store(sums, self._table[:, first : first + len(tile)])
+
+    def accepts(self, spec: LinearSpec, x_q: I32, y_q: I32, scratch: Scratch) -> bool:
         """Whether every row of y_q int32[m, n] is x_q . W_q^T and in range. Both checks always run; one verdict."""
-        sums = self._c[spec].array.astype(np.float64) @ x_q.T.astype(np.float64)
-        expected = combine(sums, C_BITS)
-        sound = self._project(y_q) == expected
-        in_range = int(y_q.max(initial=0)) < Y_LIMIT and int(y_q.min(initial=0)) > -Y_LIMIT
+        c, sums = self._c[spec].array, np.zeros((S_LIMBS + C_LIMBS, len(y_q)), np.int64)
+        dots(((at, c[:, at : at + BLOCK]) for at in range(0, spec.k, BLOCK)), x_q, sums[S_LIMBS:], scratch)
+        return self._verdict(sums, y_q, Y_LIMIT - 1, scratch)
+
+    def accepts_lookup(self, ids: I32, y_q: I32, scratch: Scratch) -> bool:
+        """Whether every row of y_q int32[m, hidden] is the row of the table that ids int32[m] names. Likewise."""
+        sums = np.zeros((S_LIMBS + C_LIMBS, len(y_q)), np.int64)
+        sums[S_LIMBS:] = self._table[:, ids]
+        return self._verdict(sums, y_q, TABLE_LIMIT, scratch)
+
+    def _verdict(self, sums: I64, y_q: I32, limit: int, scratch: Scratch) -> bool:
+        """Whether s . y_q is what the last rows of `sums` say, and no |element| above the limit."""
+        with scratch.frame():
+            dots(self._secret(0, y_q.shape[1], scratch), y_q, sums[:S_LIMBS], scratch)
+        sound = not combine(sums, self._weights).any()
+        in_range = int(y_q.max(initial=0)) <= limit and int(y_q.min(initial=0)) >= -limit
         return sound & in_range
 
-    def _project(self, y_q: I32) -> list[int]:
-        """s . y_q mod P for each row."""
-        total = [0] * len(y_q)
-        for start in range(0, y_q.shape[1], OUTPUT_BLOCK):
-            block = y_q[:, start : start + OUTPUT_BLOCK]
-            s = self._s.array[:, start : start + block.shape[1]].astype(np.float64)
-            part = combine(s @ block.T.astype(np.float64), S_BITS)
-            total = [(a + b) % PRIME for a, b in zip(total, part, strict=True)]
-        return total
+    def _secret(self, start: int, stop: int, scratch: Scratch) -> Iterator[tuple[int, Digits]]:
+        """s from output `start` to `stop`: (first output, its bytes uint8[4, outputs]), no part across blocks."""
+        buffer = scratch.empty(self._s.array.shape, np.uint8) if stop > BLOCK else None
+        while start < stop:
+            block, offset = divmod(start, BLOCK)
+            end = min(stop, (block + 1) * BLOCK)
+            digits = self._s.array if buffer is None or not block else self._expand(block, buffer)
+            yield start, digits[:, offset : offset + end - start]
+            start = end
+
+    def _expand(self, block: int, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The bytes of s_j for the outputs of one block, the lowest of all of them first."""
+        cipher = AES.new(self._key, AES.MODE_CTR, nonce=bytes(8), initial_value=block * (S_LIMBS * BLOCK // 16))
+        cipher.encrypt(bytes(out.nbytes), output=out.data.cast("B"))
+        return out
+
+
+def dots(parts: Iterable[tuple[int, Digits]], values: I32, sums: I64, scratch: Scratch) -> None:
+    """Add digits . values^T to int64[limbs, m]: (first column, digits[limbs, at most BLOCK]) and int32[m, n]."""
+    limbs = len(sums)
+    for first, digits in parts:
+        width = digits.shape[1]
+        block = max(1, WORK // width)
+        with scratch.frame():
+            work: F64 = scratch.empty((limbs + min(block, len(values)), width), np.float64)
+            wide, copy = work[:limbs], work[limbs:]
+            np.copyto(wide, digits)
+            for top in range(0, len(values), block):
+                rows = values[top : top + block, first : first + width]
+                part = copy[: len(rows)]
+                np.copyto(part, rows)
+                sums[:, top : top + block] += np.matmul(wide, part.T).astype(np.int64)
+
+
+def combine(sums: npt.NDArray[Any], weights: I64) -> I64:
+    """Integers [limbs, m] -> their sums weighted by |int64[limbs, 1]| <= 2^24, int64[m] in [0, P)."""
+    residues = sums.astype(np.int64) % PRIME
+    total: I64 = (residues * weights % PRIME).sum(axis=0) % PRIME
+    return total
+
+
+def store(sums: npt.NDArray[Any], out: npt.NDArray[np.int16]) -> None:
+    """Byte-weighted sums [S_LIMBS, k] modulo P into int16[C_LIMBS, k]: balanced digits of base 2^C_BITS."""
+    half, base, weights = 1 << (C_BITS - 1), 1 << C_BITS, powers(S_BITS, S_LIMBS)
+    for start in range(0, out.shape[1], COLUMNS):
+        rest = combine(sums[:, start : start + COLUMNS], weights)
+        rest[rest > PRIME // 2] -= PRIME
+        for limb in out[:, start : start + COLUMNS]:
+            limb[...] = (rest + half) % base - half
+            rest = (rest - limb) >> C_BITS
+
+
+def powers(bits: int, limbs: int) -> I64:
+    """What limbs of so many bits stand for, int64[limbs, 1]."""
+    return 1 << np.arange(0, bits * limbs, bits)[:, None]
+
+
+def check_scratch_bytes(rows: int, widest: int) -> int:
+    """What `accepts` and `accepts_lookup` ask of their scratch at most: `widest` is the largest k or n of a linear."""
+    width = min(widest, BLOCK)
+    kept = S_LIMBS * BLOCK if widest > BLOCK else 0
+    return kept + 8 * (S_LIMBS * width + max(min(WORK, rows * width), width)) + 3 * ALIGNMENT
+
+
+def prepare_scratch_bytes(rows: int, columns: int) -> int:
+    """What `prepare` and `prepare_lookup` ask at most, for tiles of int8[rows, columns]."""
+    wide = S_LIMBS * (8 * max(rows, columns) + 4 * max(rows, columns) + BLOCK)
+    return wide + exact_scratch_bytes(S_LIMBS, rows, columns) + 4 * ALIGNMENT

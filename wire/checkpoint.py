@@ -20,7 +20,7 @@ import numpy.typing as npt
 from wire.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-DIGEST_BYTES = 1 << 20  # read at a time
+DIGEST_BYTES = 1 << 18  # read at a time
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _OTHER_SIZES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
 

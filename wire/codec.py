@@ -4,7 +4,7 @@ A call is one header and its bytes. The first frame carries the header and up to
 further frame only data; the header says how much must come. `split` and `Assembler` are twins.
 
 Bounds come before bytes: dtype from a closed enum, shape product against MAX_TENSOR_BYTES, and only then memory.
-The assembler owns what it returns: a peer cannot rewrite it afterwards.
+The assembler copies what comes, once, into memory of ours: a peer cannot rewrite it afterwards.
 """
 
 import math
@@ -58,13 +58,20 @@ def split(array: Array) -> Iterator[bytes]:
 
 
 class Assembler:
-    """Puts the frames of one call together again. `done` when all announced bytes are there."""
+    """Puts the frames of one call together again, in `into` or in memory of its own. `done` when all bytes are there.
 
-    def __init__(self, header: tensor_pb2.TensorHeader) -> None:
+    Raises InvalidArgumentError for a header out of bounds, and for another dtype or shape than that of `into`.
+    """
+
+    def __init__(self, header: tensor_pb2.TensorHeader, into: Array | None = None) -> None:
         size = byte_length(header)
-        self.dtype = _DTYPES[header.dtype]
-        self.shape = tuple(header.shape)
-        self._data = np.empty(size, np.uint8)
+        self.dtype, self.shape = _DTYPES[header.dtype], tuple(header.shape)
+        if into is None:
+            self._data = np.empty(size, np.uint8)
+        elif (into.dtype, into.shape) != (self.dtype, self.shape):
+            raise InvalidArgumentError("this tensor was not asked for")
+        else:
+            self._data = np.frombuffer(into, np.uint8)  # shares its memory; ValueError where that is not contiguous
         self._filled = 0
         self._begun = False
 
@@ -84,7 +91,7 @@ class Assembler:
         self._filled, self._begun = end, True
 
     def array(self) -> Array:
-        """The assembled tensor: writable, C-contiguous, owned by nobody else."""
+        """The assembled tensor: writable, C-contiguous, and no memory of the peer's."""
         if not self.done:
             raise InvalidArgumentError("tensor is incomplete")
         return cast(Array, self._data.view(self.dtype).reshape(self.shape))

@@ -6,25 +6,20 @@ of matrix products; norms, RoPE, softmax and quantisation are left out. Memory i
 allocates it, block by block: the numbers below that are not from a model are its own, and tests hold the two together.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from wire.errors import ContextError, InvalidArgumentError
-from wire.kv_pages import KvType, page_words, token_bytes
+from wire.kv_pages import KvType, page_words
+from wire.layout import WORD, Demand, blocks
 from wire.linears import Linear, LinearSpec, all_specs
 from wire.model_config import ModelConfig
-from wire.parameters import Kind, parameters
+from wire.parameters import parameters
+from wire.plan import Parts, smallest
+from wire.scratch import CHECK_LIMBS, SEGMENT, SUM_LIMBS
 
-WORD = 4  # bytes of every element that travels: float32 or int32
 PAGE = 4096  # the smallest arena
-ALIGNMENT = 64  # of its blocks
-MAX_ROWS = 64  # of one step, as long as a quarter of the budget holds its scratch
-SEGMENT, TAG = 1 << 13, 16  # outputs that are sealed together, and bytes of their tag
-REFILL_ROWS = 256  # pads made at once, as long as an eighth of the budget holds them
-SUM_LIMBS, CHECK_LIMBS = 4, 3  # of s and of c, int16 each, in verification
-
-Parts = dict[str, int]
+TAG = 16  # bytes of the tag of what is sealed
 
 
 @dataclass(frozen=True)
@@ -36,16 +31,12 @@ class Case:
     context: int
     stock: int = 64
     rope_on_worker: bool = False
+    kv: KvType = KvType.FLOAT32
 
     @property
     def specs(self) -> list[LinearSpec]:
         """All linears of the model."""
         return all_specs(self.config)
-
-    @property
-    def width(self) -> int:
-        """Bytes of one weight."""
-        return 1 if self.precision == "int8" else WORD
 
 
 @dataclass(frozen=True)
@@ -88,19 +79,19 @@ def _plain(case: Case) -> Cost:
 
 
 def _split(case: Case) -> Cost:
-    return _linear_by_linear(case, _attention(case), _decoder(case, loads=case.precision == "int8"))
+    return _linear_by_linear(case, _attention(case), _inside(case, "split"))
 
 
 def _tee_only(case: Case) -> Cost:
-    return Cost(0, 0, 0, 0, 0, _products(case) | _attention(case), {}, _decoder(case, loads=True))
+    return Cost(0, 0, 0, 0, 0, _products(case) | _attention(case), {}, _inside(case, "tee-only"))
 
 
 def _secure_infer(case: Case) -> Cost:
     checks = sum(SUM_LIMBS * spec.n + CHECK_LIMBS * spec.k for spec in case.specs)
     sealed = sum(WORD * spec.n + TAG * -(-spec.n // SEGMENT) for spec in case.specs)
     pads = Pads(sum(spec.k for spec in case.specs), sum(_products(case).values()), sealed)
-    memory = _decoder(case, loads=True, pads=True)
-    return _linear_by_linear(case, _attention(case) | {"verification": checks}, memory, pads)
+    inside = _attention(case) | {"verification": checks}
+    return _linear_by_linear(case, inside, _inside(case, "secure-infer"), pads)
 
 
 def _kv_shield(case: Case) -> Cost:
@@ -139,67 +130,8 @@ def _attention(case: Case) -> Parts:
     return {"attention": 2 * case.config.layers * case.config.q_width * tokens}
 
 
-def scratch_bytes(config: ModelConfig, rows: int) -> int:
-    """What the trusted worker reserves for the temporaries of a pass over `rows` rows."""
-    *block, head = (24 * spec.k + 20 * spec.n for spec in all_specs(config))
-    kept = 4 * (4 * config.hidden + 3 * config.ffn + 3 * config.q_width + 2 * config.kv_width)
-    return rows * (max(block) + kept) + min(rows, 16) * head + (1 << 16)
-
-
-def _smallest(fixed: Parts, grown: Callable[[int], Parts]) -> Parts:
-    """The least budget that holds `fixed`, and what grows with the budget itself: found from below, part by part."""
-    parts, budget = fixed, 0
-    while (total := sum(parts.values())) > budget:
-        budget = total
-        parts = fixed | grown(budget)
-    return parts
-
-
-def _step(size: Callable[[int], int], budget: int) -> int:
-    """Bytes of a step's scratch, of `size(rows)`: as many rows as a quarter of the budget holds, and at least one."""
-    rows = MAX_ROWS
-    while rows > 1 and size(rows) > max(budget // 4, size(1)):
-        rows //= 2
-    return _blocks([size(rows)])
-
-
-def _decoder(case: Case, loads: bool, pads: bool = False) -> Parts:
-    """Memory of a scheme whose decoder runs inside. `loads`: it reads the linears, for their scales at least."""
-    return _smallest(_fixed(case, loads, pads), lambda budget: _grown(case, budget, loads, pads))
-
-
-def _fixed(case: Case, loads: bool, pads: bool) -> Parts:
-    config, specs = case.config, case.specs
-    kept = parameters(config).values()
-    checks = [2 * CHECK_LIMBS * spec.k for spec in specs] + [2 * SUM_LIMBS * max(spec.n for spec in specs)]
-    return {
-        "embedding": _blocks([case.width * config.vocabulary * config.hidden, WORD * config.vocabulary]),
-        "positions": _blocks(WORD * one.rows * one.width for one in kept if one.name.kind is Kind.POSITIONS),
-        "norms and biases": _blocks(WORD * one.rows for one in kept if one.width == 1),
-        "scales": _blocks(WORD * spec.n for spec in _missing(case)) if loads else 0,
-        "verification": _blocks(checks) if pads else 0,
-        "kv cache": _blocks([case.context * token_bytes(config, KvType.FLOAT32)]),
-    }
-
-
-def _grown(case: Case, budget: int, loads: bool, pads: bool) -> Parts:
-    weights = [case.width * spec.k * spec.n for spec in _missing(case)]
-    refill = WORD * (3 * max(spec.k for spec in case.specs) + min(SEGMENT, max(spec.n for spec in case.specs)))
-    made = max(1, min(REFILL_ROWS, case.stock, budget // 8 // refill))
-    return {
-        "scratch": _step(partial(scratch_bytes, case.config), budget),
-        "weights": _blocks(weights) if loads and sum(weights) <= budget // 2 else 0,  # else streamed from disk
-        "refill": _blocks([made * refill + 4 * ALIGNMENT]) if pads else 0,
-    }
-
-
-def _missing(case: Case) -> list[LinearSpec]:
-    """Linears that are not the embedding table."""
-    return case.specs[:-1] if case.config.tied else case.specs
-
-
-def _blocks(sizes: Iterable[int]) -> int:
-    return sum(max(-(-size // ALIGNMENT), 1) * ALIGNMENT for size in sizes)
+def _inside(case: Case, scheme: str) -> Parts:
+    return smallest(Demand(case.config, scheme, case.precision, case.kv, case.stock))
 
 
 def _permuter(config: ModelConfig, crosses: bool) -> Parts:
@@ -208,8 +140,5 @@ def _permuter(config: ModelConfig, crosses: bool) -> Parts:
     norms = [WORD * config.head_dim] * (2 * config.layers if crosses and config.qk_norm else 0)
     least = max(config.head_dim * config.hidden, page_words(config, KvType.FLOAT32))
 
-    def size(rows: int) -> int:
-        return WORD * max(rows * (3 * config.q_width + 2 * config.kv_width), least) + (1 << 12)
-
-    fixed = {"permutations": _blocks([table, table]), "norms and biases": _blocks(norms)}
-    return _smallest(fixed, lambda budget: {"scratch": _step(size, budget)})
+    step = WORD * max(3 * config.q_width + 2 * config.kv_width, least) + (1 << 12)
+    return {"permutations": blocks([table, table]), "norms and biases": blocks(norms), "scratch": blocks([step])}

@@ -8,6 +8,7 @@
     |- DeniedError               PERMISSION_DENIED    an operation or policy that this process refuses
     |- UnauthenticatedError      UNAUTHENTICATED      no evidence, bad evidence, unknown session
     |- VerificationError         DATA_LOSS            a product or a seal failed its check; never retried silently
+    |  `- ParkedError                                 ... of our own disk, not of the GPU worker
     |- UnavailableError          UNAVAILABLE          the peer is gone or draining
     |- DeadlineError             DEADLINE_EXCEEDED    the peer did not answer in time
     `- CheckpointError           FAILED_PRECONDITION  a model folder that cannot be read; local, never sent by a peer
@@ -73,6 +74,10 @@ class VerificationError(CleaveError):
 
     def __init__(self) -> None:
         super().__init__("verification failed: a result or a page from outside was rejected; the session is closed")
+
+
+class ParkedError(VerificationError):
+    """Something that was parked on our own disk failed its check. No peer had a part in it; the text is the same."""
 
 
 class UnavailableError(CleaveError):

@@ -25,6 +25,7 @@ class Linear(IntEnum):
         return self.value
 
 
+LOOKUP_LAYER = 0xFFFF  # of the masked embedding lookup, which is the head turned around; no model has as many layers
 BLOCK = (Linear.QKV, Linear.O, Linear.GATE_UP, Linear.DOWN)  # of one layer, in the order of a forward pass
 
 
@@ -58,3 +59,8 @@ def all_specs(config: ModelConfig) -> list[LinearSpec]:
     """Every linear of the model in the order of a forward pass."""
     specs = [spec(config, layer, linear) for layer in range(config.layers) for linear in BLOCK]
     return [*specs, spec(config, 0, Linear.LM_HEAD)]
+
+
+def lookup_spec(config: ModelConfig) -> LinearSpec:
+    """The embedding table as a product of one-hot rows: y[m, hidden] = z[m, vocabulary] . E. Never RING_MATMUL."""
+    return LinearSpec(LOOKUP_LAYER, Linear.LM_HEAD, config.vocabulary, config.hidden)

@@ -17,6 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes to stderr 
 FORMATS = ("text", "json")
 ALLOWED = frozenset(
     {
+        "%d us are charged for each exchange, as a world switch",
         "%s: chunk %d was changed, or cannot be read",
         "a call was refused: %s",
         "draining: %d answers are under way",
@@ -28,9 +29,12 @@ ALLOWED = frozenset(
         "kv-shield does not protect the conversation from the GPU worker, which sees every activation: it "
         "hides the KV cache from somebody who reads nothing but the cache and does not know the model",
         "loaded %s on %s in %.1f s",
+        "memory plan: %s",
+        "process memory: %s, %d bytes",
         "ready on %s",
         "secure memory: %d bytes, %s",
         "step failed: %s",
+        "streamed weights are used without comparing their digests",
         "the kernel refused: %s",
         "what the worker may know could not be renewed: %s",
     }

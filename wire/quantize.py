@@ -22,5 +22,6 @@ def quantize_rows(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8]
     scale = peak / np.float32(127)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > SMALLEST_PEAK)
     scale[inverse == 0] = 0
-    rounded = np.rint(weight * inverse[:, None])
-    return np.clip(rounded, -127, 127).astype(np.int8), scale
+    rounded = weight * inverse[:, None]
+    np.rint(rounded, out=rounded)
+    return np.clip(rounded, -127, 127, out=rounded).astype(np.int8), scale

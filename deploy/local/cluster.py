@@ -27,7 +27,7 @@ class Settings:
     model: Path
     scheme: str
     precision: str
-    memory_budget: str = "64MiB"
+    memory_budget: str | None = None  # None: the trusted worker's default, or what its --tee-profile says
     pad_bank: str = "64MiB"
     device: str = "auto"
     listen: str | None = None  # host:port; None: a Unix socket in the private folder
@@ -126,7 +126,8 @@ class Cluster:
         settings = self._settings
         argv = ["-m", "trusted_worker", "--listen", listen, "--gpu-worker", offload]
         argv += ["--model", str(settings.model.resolve()), "--scheme", settings.scheme]
-        argv += ["--precision", settings.precision, "--memory-budget", settings.memory_budget]
+        argv += ["--precision", settings.precision]
+        argv += ["--memory-budget", settings.memory_budget] if settings.memory_budget else []
         argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto", "--drain-seconds", "1", *settings.more]
         return [*argv, "--insecure-plaintext"] if settings.insecure_plaintext else argv
 

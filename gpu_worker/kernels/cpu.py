@@ -1,9 +1,11 @@
-"""Products of int8 weights on the CPU: y = z.W^T, exact modulo 2^32 for int32 z, ordinary float32 for float32 z.
+"""Products of int8 weights on the CPU: y = z.W^T, exact modulo 2^32 for int32 z, ordinary float32 for float32 z, and
+z.E for an embedding table E that lies row by row, for int32 only.
 
 One source serves both element types: numba compiles it once per type and keeps the result on disk. A tile of rows
-x outputs lives in scalar accumulators over one loop along k, which LLVM vectorises. Three things make it fast: rows
-are sliced first and the loop runs over range(len(slice)); a block of weights is read from memory once for all rows;
-and GOMP_SPINCOUNT is small (the command line sets it), or OpenMP threads wait actively and starve each other.
+x outputs lives in scalar accumulators over one loop along k, which LLVM vectorises; z.E, whose loop runs along the
+outputs, keeps them in the first cache. Three things make it fast: rows are sliced first and the loop runs over
+range(len(slice)); a block of weights is read from memory once for all rows; and GOMP_SPINCOUNT is small (the command
+line sets it), or OpenMP threads wait actively and starve each other.
 """
 
 from collections.abc import Callable
@@ -11,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
-BLOCK = 32  # outputs of one parallel task; a multiple of every tile's width
+BLOCK = 32  # rows of weights that are read together; a multiple of every tile's width
 LINE = 64  # bytes, and so weights, of a cache line
 SMALL = 1 << 20  # multiplications below which waking another core costs more than it saves
 DEPTH = 1216  # inputs at a time, so that a tile's rows stay in the first cache
@@ -103,26 +105,78 @@ def _fetch(w, o0, o1, k0, k1):  # type: ignore[no-untyped-def]
     return seen
 
 
-def _product(z, w, y):  # type: ignore[no-untyped-def]
-    m, k = z.shape
-    n = len(w)
-    blocks = (n + BLOCK - 1) // BLOCK
-    seen = np.zeros(blocks, np.int8)
-    for block in prange(blocks):
-        o0, o1 = block * BLOCK, min(block * BLOCK + BLOCK, n)
+@_kernel()
+def _product(z, w, y, first, last):  # type: ignore[no-untyped-def]
+    """One task: y[:, o] = z.w[o]^T for first <= o < last. Without its answer the compiler would leave _fetch out."""
+    (m, k), seen = z.shape, np.int8(0)
+    for o0 in range(first, last, BLOCK):
+        o1 = min(o0 + BLOCK, last)
         y[:, o0:o1] = 0
         for k0 in range(0, k, DEPTH):
             k1 = min(k0 + DEPTH, k)
-            seen[block] ^= _fetch(w, o0, o1, k0, k1)
+            seen = np.int8(seen ^ _fetch(w, o0, o1, k0, k1))
             for i in range(0, m - m % 4, 4):
                 _four_rows(z, w, y, i, o0, o1, k0, k1)
             for i in range(m - m % 4, m):
                 _one_row(z, w, y, i, o0, o1, k0, k1)
-    return seen  # or the compiler would leave the fetching out
+    return seen
 
 
-_on_one_core = _kernel()(_product)  # prange is range there
-_on_all_cores = _kernel(parallel=True)(_product)
+@_kernel(parallel=True)
+def _product_on_all_cores(z, w, y):  # type: ignore[no-untyped-def]
+    """A function of its own: numba's cache would take _product, compiled in parallel, for the serial one."""
+    blocks = (len(w) + BLOCK - 1) // BLOCK
+    seen = np.zeros(blocks, np.int8)
+    for block in prange(blocks):
+        seen[block] = _product(z, w, y, block * BLOCK, min(block * BLOCK + BLOCK, len(w)))
+    return seen
+
+
+@_kernel()
+def _add_four(y, x0, x1, x2, x3, e0, e1, e2, e3):  # type: ignore[no-untyped-def]
+    """y += x0.e0 + x1.e1 + x2.e2 + x3.e3. Each step is cut to y's type: numba would widen it, at twice the time."""
+    kind = y.dtype.type
+    for j in range(len(y)):
+        first = kind(kind(x0 * kind(e0[j])) + kind(x1 * kind(e1[j])))
+        second = kind(kind(x2 * kind(e2[j])) + kind(x3 * kind(e3[j])))
+        y[j] = kind(y[j] + kind(first + second))
+
+
+@_kernel()
+def _add_rows(z, e, y, v0, v1, d0, d1):  # type: ignore[no-untyped-def]
+    """y[d0:d1] += z[v0:v1].e[v0:v1, d0:d1], four rows of e at a time: y is loaded and stored once for them."""
+    out, none = y[d0:d1], z.dtype.type(0)
+    rest = v1 - (v1 - v0) % 4
+    for v in range(v0, rest, 4):
+        e0, e1, e2, e3 = e[v, d0:d1], e[v + 1, d0:d1], e[v + 2, d0:d1], e[v + 3, d0:d1]
+        _add_four(out, z[v], z[v + 1], z[v + 2], z[v + 3], e0, e1, e2, e3)
+    for v in range(rest, v1):
+        last = e[v, d0:d1]
+        _add_four(out, z[v], none, none, none, last, last, last, last)
+
+
+@_kernel()
+def _lookup(z, e, y, first, last):  # type: ignore[no-untyped-def]
+    """One task: y[m, d] += z[:, first:last].e[first:last]."""
+    m, d, seen = len(z), e.shape[1], np.int8(0)
+    for v0 in range(first, last, BLOCK):
+        v1 = min(v0 + BLOCK, last)
+        for d0 in range(0, d, DEPTH):
+            d1 = min(d0 + DEPTH, d)
+            seen = np.int8(seen ^ _fetch(e, v0, v1, d0, d1))
+            for i in range(m):
+                _add_rows(z[i], e, y[i], v0, v1, d0, d1)
+    return seen
+
+
+@_kernel(parallel=True)
+def _lookup_on_all_cores(z, e, parts):  # type: ignore[no-untyped-def]
+    """parts[tasks, m, d]: each task adds up the rows of e that fall to it."""
+    rows, tasks = len(e), len(parts)
+    seen = np.zeros(tasks, np.int8)
+    for task in prange(tasks):
+        seen[task] = _lookup(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
+    return seen
 
 
 def matmul(z: npt.NDArray[Any], w: npt.NDArray[np.int8]) -> npt.NDArray[Any]:
@@ -135,9 +189,30 @@ def matmul(z: npt.NDArray[Any], w: npt.NDArray[np.int8]) -> npt.NDArray[Any]:
     if z.dtype not in (np.int32, np.float32) or not (z.flags.c_contiguous and w.flags.c_contiguous):
         raise ValueError("operands have the wrong type or layout")
     y = np.empty((len(z), len(w)), z.dtype)
-    small = len(z) * w.size < SMALL
-    (_on_one_core if small else _on_all_cores)(z, w, y)
+    if len(z) * w.size < SMALL:
+        _product(z, w, y, 0, len(w))
+    else:
+        _product_on_all_cores(z, w, y)
     return y
+
+
+def lookup(z: npt.NDArray[np.int32], table: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
+    """z int32[m, v], table int8[v, d], both C-contiguous -> z.table modulo 2^32 as int32[m, d].
+
+    Raises ValueError for operands that do not fit.
+    """
+    if z.ndim != 2 or table.ndim != 2 or z.shape[1] != len(table) or table.dtype != np.int8:
+        raise ValueError("operands do not fit")
+    if z.dtype != np.int32 or not (z.flags.c_contiguous and table.flags.c_contiguous):
+        raise ValueError("operands have the wrong type or layout")
+    if len(z) * table.size < SMALL:
+        y = np.zeros((len(z), table.shape[1]), np.int32)
+        _lookup(z, table, y, 0, len(table))
+        return y
+    parts = np.zeros((get_num_threads(), len(z), table.shape[1]), np.int32)
+    _lookup_on_all_cores(z, table, parts)
+    summed: npt.NDArray[np.int32] = parts.sum(axis=0, dtype=np.int32)
+    return summed
 
 
 def warm_up() -> None:
@@ -145,3 +220,5 @@ def warm_up() -> None:
     for kind in (np.int32, np.float32):
         matmul(np.zeros((5, 3), kind), np.zeros((5, 3), np.int8))
         matmul(np.zeros((1, 1024), kind), np.zeros((SMALL // 1024, 1024), np.int8))
+    lookup(np.zeros((5, 3), np.int32), np.zeros((3, 5), np.int8))
+    lookup(np.zeros((1, SMALL // 1024), np.int32), np.zeros((SMALL // 1024, 1024), np.int8))

@@ -1,4 +1,4 @@
-"""The ring product on a CUDA device: z.W^T modulo 2^32 through one int8 GEMM. Needs torch and nothing else of ours.
+"""Ring products on a CUDA device: z.W^T and z.E modulo 2^32 through int8 GEMMs. Needs torch and nothing else of ours.
 
 z is written in base 256 with balanced digits, z = d0 + 256.d1 + 256^2.d2 + 256^3.d3 modulo 2^32, -128 <= d < 128.
 The digits of all rows are stacked as rows of one int8 x int8 -> int32 product and weighted together again
@@ -18,6 +18,7 @@ MAX_K = (1 << 17) - 1  # (k.128.128) must stay below 2^31
 _BIAS = -0x7F7F7F80  # 0x80808080 as int32: turns unsigned bytes into balanced digits and back
 _ALIGNMENT = 8  # what the int8 GEMM asks of k and n
 _LEAST_ROWS = 32  # it refuses 16 rows and fewer
+_TILE = 1 << 15  # rows of an embedding table that are turned around at once
 
 
 def digits(z: torch.Tensor) -> torch.Tensor:
@@ -52,19 +53,35 @@ def ring_matmul(z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return combine(product[: 4 * m, :n].reshape(4, m, n))
 
 
+def ring_lookup(z: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """z int32[m, v], table int8[v, d], on one device -> z.table modulo 2^32 as int32[m, d].
+
+    The GEMM wants the digits beside the summed index of both operands, and has no kernel for a table that lies row by
+    row on most devices; and v may be over MAX_K. So the table is multiplied tile by tile, each tile a transposed copy
+    that lives for its product only. Raises ValueError for operands that do not fit.
+    """
+    if z.dim() != 2 or table.dim() != 2 or z.shape[1] != len(table):
+        raise ValueError("operands do not fit")
+    total = torch.zeros((len(z), table.shape[1]), dtype=torch.int64, device=z.device)  # below 2^31 a tile
+    for rows, tile in zip(z.split(_TILE, dim=1), table.split(_TILE), strict=True):
+        total += ring_matmul(rows, tile.t().contiguous())
+    return total.to(torch.int32)
+
+
 def _round_up(extent: int) -> int:
     return -(-extent // _ALIGNMENT) * _ALIGNMENT
 
 
 def check_shape(m: int, k: int, n: int, device: str) -> bool:
-    """Whether the product of fresh random operands, extreme words among them, has the bits that int64 gives."""
+    """Whether both products of fresh random operands, extreme words among them, have the bits that int64 gives."""
     random = np.random.default_rng()
     z = random.integers(-(1 << 31), 1 << 31, (m, k)).astype(np.int32)
     z.flat[:: max(k // 3, 1)] = random.choice(np.array([-(1 << 31), (1 << 31) - 1, -1, 128, -128], np.int32))
     w = random.integers(-128, 128, (n, k)).astype(np.int8)
-    got = ring_matmul(torch.from_numpy(z).to(device), torch.from_numpy(w).to(device)).cpu().numpy()
     expected = (z.astype(np.int64) @ w.astype(np.int64).T).astype(np.int32)
-    return bool(np.array_equal(got, expected))
+    left, right = torch.from_numpy(z).to(device), torch.from_numpy(w).to(device)
+    answers = ring_matmul(left, right), ring_lookup(left, right.t().contiguous())
+    return all(np.array_equal(answer.cpu().numpy(), expected) for answer in answers)
 
 
 def main() -> int:
@@ -76,10 +93,11 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device == "cuda" else "the CPU: there is no CUDA device here"
     print(f"checking on {name}")
     shapes = [(m, k, n) for m in (1, 4, 5, 64, 256) for k, n in ((896, 1152), (4864, 896), (63, 65), (1, 1), (7, 9))]
+    shapes.append((5, 2 * _TILE + 4465, 72))  # a table of three tiles
     wrong = [shape for shape in shapes if not check_shape(*shape, device)]
     for shape in wrong:
         print(f"MISMATCH at (m, k, n) = {shape}")
-    print(f"ring product on {device}: {len(shapes) - len(wrong)} of {len(shapes)} shapes equal int64 bit for bit")
+    print(f"ring products on {device}: {len(shapes) - len(wrong)} of {len(shapes)} shapes equal int64 bit for bit")
     return 1 if wrong else 0
 
 

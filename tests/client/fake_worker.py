@@ -2,6 +2,8 @@
 
 It is eager: whatever it was granted it sends before it looks at the next frame. So a client that ends a turn early
 always has tokens to drain. It records every frame, and the most tokens that were ever outstanding.
+
+With a table it leaves embedding to its clients, and takes each token's row exactly once, in order, as it should be.
 """
 
 import threading
@@ -9,8 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from queue import Queue
+from typing import Any
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 from wire.channel import server_options
 from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
@@ -34,6 +39,8 @@ class Script:
     overspend: bool = False  # one token more than granted
     refuse_open: tuple[grpc.StatusCode, str] | None = None
     fail_after: int | None = None  # tokens until DATA_LOSS
+    table: npt.NDArray[np.float32] | None = None  # float32[vocabulary, hidden]: the client embeds
+    stats: dict[str, Any] = field(default_factory=dict)  # further fields of StatsResponse
 
 
 class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
@@ -73,6 +80,8 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             max_context=self.script.max_context,
             vocabulary=self.script.vocabulary,
             max_frame_tokens=self.script.max_frame_tokens,
+            client_embeds=self.script.table is not None,
+            hidden=0 if self.script.table is None else self.script.table.shape[1],
         )
         return pb.Sealed(body=reply.SerializeToString())
 
@@ -93,6 +102,7 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             memory_budget=64 << 20,
             memory_used=1 << 20,
             memory_peak=2 << 20,
+            **self.script.stats,
         )
 
     def Decode(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> Iterator[pb.Sealed]:
@@ -122,7 +132,8 @@ class _Decoding:
         self._frames, self._grpc = frames, context
         self._answer: Iterator[int] | None = None
         self._credit = 0
-        self._context = 0
+        self._context: list[int] = []
+        self._embedded = 0  # tokens of the context whose rows are here
 
     def run(self) -> Iterator[pb.DecodeResponse]:
         while (frame := self._frames.get()) is not None:
@@ -134,24 +145,40 @@ class _Decoding:
             yield from self._spend()
 
     def _take(self, frame: pb.DecodeRequest) -> None:
-        if frame.token_ids:
-            self._context += len(frame.token_ids)
-            if self._answer is None:
-                self._answer = iter(self._script.answers.pop(0))
-        if self._context > self._script.max_context:
+        self._context += frame.token_ids
+        self._check(frame)
+        if frame.token_ids and self._answer is None:
+            self._answer = iter(self._script.answers.pop(0))
+        if len(self._context) > self._script.max_context:
             self._grpc.abort(grpc.StatusCode.OUT_OF_RANGE, "the context is full")
         if self._answer is not None:
             self._credit += frame.credit
             self._worker.most_outstanding = max(self._worker.most_outstanding, self._credit)
             self._credit += self._script.overspend
 
+    def _check(self, frame: pb.DecodeRequest) -> None:
+        """The frame is not too long, and has the rows that are due."""
+        if len(frame.token_ids) > self._script.max_frame_tokens:
+            self._grpc.abort(grpc.StatusCode.INVALID_ARGUMENT, "too many tokens in a frame")
+        due = b""
+        if self._script.table is not None and (frame.token_ids or frame.embeddings):
+            due = self._script.table[self._context[self._embedded :]].astype("<f4").tobytes()
+            self._embedded = len(self._context)
+        if frame.embeddings != due:
+            self._grpc.abort(grpc.StatusCode.INVALID_ARGUMENT, "these are not the rows that are due")
+
+    @property
+    def _ready(self) -> bool:
+        """Whether the next token could be computed."""
+        return self._script.table is None or self._embedded == len(self._context)
+
     def _spend(self) -> Iterator[pb.DecodeResponse]:
-        while self._credit and self._answer is not None:
+        while self._credit and self._answer is not None and self._ready:
             token = next(self._answer, None)
             if token is None:
                 return
             self._credit -= 1
-            self._context += 1
+            self._context.append(token)
             self._worker.tokens += 1
             if self._worker.tokens == self._script.fail_after:
                 self._grpc.abort(grpc.StatusCode.DATA_LOSS, "whatever the peer says")
@@ -162,7 +189,9 @@ class _Decoding:
 
     def _final(self, reason: pb.FinishReason.ValueType) -> pb.DecodeResponse:
         self._answer, self._credit = None, 0
-        return pb.DecodeResponse(final=pb.Final(reason=reason, context_tokens=self._context + self._script.miscount))
+        return pb.DecodeResponse(
+            final=pb.Final(reason=reason, context_tokens=len(self._context) + self._script.miscount)
+        )
 
 
 def scripted_workers() -> Iterator[Callable[[Script], FakeWorker]]:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from client import flags
 from client.__main__ import main
 from client.shapes import SHAPES
-from wire.costs import SCHEMES
+from wire.costs import SCHEMES, cost
+from wire.profiles import holding
 
 Output = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"model", "context", "stock", "kv_bytes_per_token", "kv_bytes", "schemes"}
 SCHEME_KEYS = {
     "precision", "exchanges", "bytes_up", "bytes_down", "prompt_bytes_up", "prompt_bytes_down", "start_bytes_up",
-    "macs_trusted", "macs_worker", "memory_budget", "memory_parts", "pad", "link_tokens_per_second",
+    "macs_trusted", "macs_worker", "memory_budget", "memory_parts", "fits_in", "pad", "link_tokens_per_second",
 }  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def test_json_has_every_key_of_every_scheme(capsys: Output) -> None:
         assert set(found) == SCHEME_KEYS
         assert found["precision"] == ("float32" if scheme == "kv-shield" else "int8")
         assert found["memory_budget"] == sum(found["memory_parts"].values())
+        assert found["fits_in"] == holding(found["memory_budget"])
         assert (found["pad"] is None) == (scheme != "secure-infer")
         assert found["link_tokens_per_second"] is None
     pad = budget(capsys, "shape:llama2-7b", "--stock", "10")["schemes"]["secure-infer"]["pad"]
@@ -68,6 +71,18 @@ def test_every_shape_has_a_table_that_fits_a_wide_terminal(capsys: Output, name:
     assert next(line.split() for line in lines if "tee-only" in line) == list(SCHEMES)
     assert any("envelope" in line for line in lines)
     assert any("no computing" in line for line in lines)
+
+
+def test_the_smallest_profile_stands_below_the_memory(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([14 << 20, (14 << 20) + 1, 64 << 20, 1 << 40, 0])
+    monkeypatch.setattr(
+        "client.budget.cost", lambda scheme, case: replace(cost(scheme, case), memory={"all": next(sizes)})
+    )
+    assert main(["budget", "--model", "shape:gpt2", "--context", "8"]) == 0
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("smallest TEE profile"))
+    assert line.split()[-5:] == ["optee", "optee-rpi3", "trustzone", "-", "optee"]
+    assert "optee 14 MiB, optee-rpi3 16 MiB, qsee 24 MiB" in printed
 
 
 def test_one_scheme_one_precision(capsys: Output) -> None:

@@ -45,6 +45,40 @@ def test_a_whole_chat(serve: Serve, folder: Path, capsys: Output, monkeypatch: p
     assert len(worker.opened) == 2  # /reset
 
 
+def stats(serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, **fields: object) -> str:
+    """What /stats shows of such a worker."""
+    converse(serve(Script(stats=fields)), folder, "/stats\n", monkeypatch)
+    return capsys.readouterr().err
+
+
+def test_stats_show_where_the_memory_is(
+    serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {
+        "tee_profile": "optee\x1b[2J", "memory_locked": True, "memory_wiped_on_fork": True, "rss": 100 << 20,
+        "process_limit": "rlimit-data", "process_limit_bytes": 600 << 20, "kv_pages_used": 1234,
+        "kv_pages_capacity": 5678, "pages_sealed": 90, "pages_restored": 80, "spill_bytes": 3 << 20,
+        "embedding": "scan", "table_scans": 17, "tiles_read": 4321, "switch_us": 25,
+    }  # fmt: skip
+    shown = stats(serve, folder, capsys, monkeypatch, **fields)
+    for part in (
+        "64.0 MiB (profile optee[2J)", "1.0 MiB / 2.0 MiB", "yes / NO", "1,234 of 5,678", "90 / 80", "3.0 MiB",
+        "scan, 17 scans", "from disk, 4,321 tiles read", "25 us, as a world switch", "rlimit-data, 600.0 MiB",
+        "100.0 MiB; interpreter and libraries: beside the arena, not inside it",
+    ):  # fmt: skip
+        assert part in shown
+    assert "\x1b" not in shown
+
+
+def test_stats_are_loud_about_what_is_not_done(
+    serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = stats(serve, folder, capsys, monkeypatch, weights_resident=True, tiles_unchecked=True)
+    assert "in the budget; DIGESTS ARE NOT CHECKED" in shown
+    assert "not enforced" in shown
+    assert "charged" not in shown
+
+
 def test_quit_leaves(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = serve(Script())
     converse(worker, folder, "/quit\nhi\n", monkeypatch)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from client import flags
 from client.__main__ import main
 from client.tokenizer import Tokenizer
 from tests.client.fake_worker import EOS, FakeWorker, Script
@@ -47,9 +48,33 @@ def test_json_is_the_last_line_with_every_key(serve: Serve, folder: Path, capsys
     assert (result["text"], result["finish_reason"], result["completion_tokens"]) == ("hi ü", "eos", 6)
     assert result["token_ids"] == answer
     assert (result["exchanges"], result["wire_bytes_up"], result["pads_issued"]) == (30, 600, 6)
-    assert result["secure_memory"] == {"budget": 64 << 20, "peak": 2 << 20}
+    assert result["secure_memory"].items() >= {"budget": 64 << 20, "used": 1 << 20, "peak": 2 << 20}.items()
     assert result["attestation"] == {"provider": "none", "verified": False}
     assert captured.err == ""
+
+
+def test_json_says_where_the_memory_is(serve: Serve, folder: Path, capsys: Output) -> None:
+    stats = {
+        "tee_profile": "optee", "memory_locked": True, "memory_wiped_on_fork": True, "memory_not_dumped": True,
+        "kv_pages_used": 3, "kv_pages_capacity": 4, "pages_sealed": 5, "pages_restored": 6, "spill_bytes": 7,
+        "embedding": "lookup", "table_scans": 8, "weights_resident": True, "tiles_read": 9, "tiles_unchecked": True,
+        "switch_us": 10, "rss": 11, "process_limit": "cgroup", "process_limit_bytes": 12,
+    }  # fmt: skip
+    worker = serve(Script(answers=[[EOS]], stats=stats))
+    assert chat(worker, folder, "--prompt", "hello", "--json") == 0
+    memory = json.loads(capsys.readouterr().out)["secure_memory"]
+    renamed = {"profile": "optee", "locked": True, "wiped_on_fork": True, "not_dumped": True}
+    rest = {name: value for name, value in stats.items() if name not in ("tee_profile", "memory_locked")}
+    expected = {name: value for name, value in rest.items() if not name.startswith("memory_")} | renamed
+    assert memory == expected | {"budget": 64 << 20, "used": 1 << 20, "peak": 2 << 20}
+
+
+def test_what_makes_a_speed_cheaper_stands_beside_it(serve: Serve, folder: Path, capsys: Output) -> None:
+    worker = serve(Script(answers=[[EOS], [EOS]], stats={"switch_us": 10, "tiles_unchecked": True}))
+    assert chat(worker, folder, "--prompt", "hello") == 0
+    status = capsys.readouterr().err
+    assert "10 us charged for each exchange" in status
+    assert "DIGESTS ARE NOT CHECKED" in status
 
 
 def test_one_token_has_no_decode_rate(serve: Serve, folder: Path, capsys: Output) -> None:
@@ -115,6 +140,10 @@ def test_known_errors_are_one_line(serve: Serve, folder: Path, capsys: Output, f
         (["--credit", "0"], "from 1 to 4096"),
         (["--temperature", "nan"], "a number from"),
         (["--connect", "127.0.0.1:1", "--pad-bank", "1MiB"], "belongs to `cleave up`"),
+        (["--connect", "127.0.0.1:1", "--memory-budget", "1MiB"], "--memory-budget belongs to `cleave up`"),
+        (["--connect", "127.0.0.1:1", "--tee-profile", "optee"], "--tee-profile belongs to `cleave up`"),
+        (["--connect", "127.0.0.1:1", "--insecure-unchecked-tiles"], "belongs to `cleave up`"),
+        (["--tee-profile", "enclave"], "'optee', 'optee-rpi3', 'qsee', 'trustzone', 'sgx1', 'cvm'"),
         (["--scheme", "magic"], "invalid choice"),
     ],
 )
@@ -135,6 +164,18 @@ def test_a_remote_peer_without_evidence_is_refused(
     assert chat(worker, folder, "--prompt", "secret") == 1
     assert "--insecure-unattested" in capsys.readouterr().err
     assert not worker.opened
+
+
+@pytest.mark.parametrize("command", ["chat", "up"])
+def test_what_the_trusted_worker_reads_is_passed_on(command: str) -> None:
+    more = (
+        "--tee-profile", "optee", "--process-memory", "1GiB", "--kv-dtype", "int8", "--embed", "client",
+        "--switch-us", "5", "--insecure-unchecked-tiles",
+    )  # fmt: skip
+    options = flags.parse([command, *more])
+    assert options.more == more
+    assert options.memory_budget is None
+    assert flags.parse([command]).more == ()
 
 
 def test_up_does_not_listen_for_others(folder: Path, capsys: Output) -> None:

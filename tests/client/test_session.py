@@ -1,10 +1,11 @@
 from collections.abc import Callable
+from dataclasses import fields
 
 import grpc
 import pytest
 
 from client.attestation.policy import Policy
-from client.session import Request, TrustedWorker, connect
+from client.session import Counters, Request, TrustedWorker, connect
 from client.turn import Pacing, Turn
 from tests.client.fake_worker import EOS, FakeWorker, Script
 from wire.errors import (
@@ -19,6 +20,7 @@ from wire.errors import (
     UnavailableError,
     VerificationError,
 )
+from wire.v1 import trusted_worker_pb2 as pb
 
 Serve = Callable[[Script], FakeWorker]
 REQUEST = Request("tiny", "secure-infer", "int8")
@@ -149,6 +151,14 @@ def test_what_open_asks_for(serve: Serve) -> None:
 def test_what_goes_wrong_is_the_right_error(serve: Serve, script: Script, error: type[CleaveError]) -> None:
     with pytest.raises(error):
         run(serve(script), [7, 8], Pacing(credit=1, max_new_tokens=6))
+
+
+def test_counters_are_all_that_stats_says(serve: Serve) -> None:
+    names = {field.name for field in fields(Counters)}
+    assert names == {field.name for field in pb.StatsResponse.DESCRIPTOR.fields} - {"scheme", "precision"}
+    with connect(serve(Script(stats={"kv_pages_used": 3, "tee_profile": "optee"})).target, Policy()) as trusted:
+        counters = trusted.counters()
+    assert (counters.kv_pages_used, counters.tee_profile, counters.memory_peak) == (3, "optee", 2 << 20)
 
 
 def test_a_silent_worker_meets_a_deadline(serve: Serve) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.rows import forward
 from tests.simulators.in_process import InProcessWorker
 from trusted_worker.arithmetic import F32
 from trusted_worker.model import Batch, Run
@@ -28,16 +29,17 @@ class Shield:
     worker: InProcessWorker
     config: ModelConfig
     memory: SecureMemory
+    scratch: Scratch
 
     def step(self, wanted: list[tuple[ShieldedCache, list[int]]]) -> list[F32]:
         """One forward pass over rows of several sequences: logits float32[rows, vocabulary] for each."""
         runs, ids = [], list[int]()
         for cache, more in wanted:
-            cache.wake()
+            assert cache.wake(len(more)) == len(more)
             runs.append(Run(cache, len(ids), len(ids) + len(more), cache.length))
             ids.extend(more)
         batch = Batch(np.array(ids, np.int32), tuple(runs), np.arange(len(ids), dtype=np.int32))
-        logits = self.scheme.forward(batch)
+        logits = forward(self.scheme, batch)
         return [logits[run.start : run.stop] for run in runs]
 
     def logits(self, ids: list[int], chunks: list[int]) -> F32:
@@ -67,4 +69,4 @@ def build_shield(folder: Path, options: Options | None = None, budget: int = 1 <
     scheme = KvShield(Checkpoint(folder), config, memory, scratch, worker, pages, options)
     scheme.provision()
     worker.seen.clear()
-    return Shield(scheme, worker, config, memory)
+    return Shield(scheme, worker, config, memory, scratch)

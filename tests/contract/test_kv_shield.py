@@ -206,7 +206,7 @@ def test_a_parked_sequence_leaves_nothing_on_the_worker_and_comes_back_bit_for_b
     assert not keys.any()
     assert not values.any()
     pages = [one for one in rig.worker.seen if one.operation.cache.HasField("read")]
-    caches[0].wake()
+    caches[0].wake(1)
     back = [one for one in rig.worker.seen if one.operation.cache.HasField("write")]
     assert len(back) == 2 * rig.config.layers
     for there, here in zip(pages, back, strict=False):
@@ -265,7 +265,7 @@ def test_parked_pages_that_were_changed_are_data_loss_for_their_sequence_only(
     tamper(file, other, old)
     file.flush()
     with pytest.raises(VerificationError):
-        caches[0].wake()
+        caches[0].wake(1)
     rig.step([(caches[1], [5])])  # the other one comes back
 
 
@@ -278,7 +278,7 @@ def test_a_sequence_of_a_stream_that_ended_is_told_so_and_a_new_one_works(model_
     rig.scheme.provision()
     calls = rig.worker.calls
     with pytest.raises(UnavailableError, match="new session"):
-        lost.wake()
+        lost.wake(1)
     lost.free()
     assert rig.worker.calls == calls  # a call that names it would end the new stream
     expected = transformers_logits(folder, PROMPTS[1])
@@ -305,9 +305,8 @@ class _Sink:
     def __init__(self) -> None:
         self.rows = 0
 
-    def call(self, operation: Any, array: Any, shape: Any) -> Any:
+    def call(self, operation: Any, array: Any, into: Any) -> None:
         self.rows += len(array)
-        return array
 
     def close(self) -> None: ...
 

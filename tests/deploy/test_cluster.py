@@ -109,6 +109,19 @@ def test_a_restart_replaces_a_gpu_worker_that_runs_and_notices_the_other_s_end(r
             running.restart_gpu_worker()
 
 
+@pytest.mark.parametrize(
+    ("budget", "more", "said"),
+    [(None, ("--tee-profile", "optee"), "--tee-profile optee"), ("14MiB", (), "--memory-budget 14MiB")],
+)
+def test_the_budget_is_a_number_or_left_to_a_profile(
+    repository: Path, budget: str | None, more: tuple[str, ...], said: str
+) -> None:
+    with Cluster(replace_settings(settings("tee-only"), memory_budget=budget, more=more), Recorder()) as running:
+        line = Path(f"/proc/{running.pids[cluster.TRUSTED_WORKER]}/cmdline").read_text().replace("\0", " ")
+    assert said in line
+    assert line.count("--memory-budget") + line.count("--tee-profile") == 1
+
+
 def test_tee_only_has_one_process(repository: Path) -> None:
     with Cluster(settings("tee-only"), Recorder()) as running:
         assert set(running.pids) == {cluster.TRUSTED_WORKER}

@@ -32,6 +32,7 @@ INSTALLED = {
 }
 IMPORTED = {"pycryptodome": "Crypto", "grpcio": "grpc", "grpcio-health-checking": "grpc_health", "protobuf": "google"}
 GIB = 1 << 30
+PROCESS = 256 << 20  # interpreter, libraries and buffers
 
 
 def containerfile(role: str) -> list[str]:
@@ -167,7 +168,10 @@ def test_the_settings_fit() -> None:
     assert trusted["listen"].rpartition(":")[2] == service["ports"][0].rpartition(":")[2]
     assert trusted["memory-budget"] <= service["ulimits"]["memlock"] <= GIB
     limit = size(service["mem_limit"].replace("m", "MiB"))
-    assert trusted["memory-budget"] + trusted["pad-bank"] < limit
+    scratch = re.search(r"size=(\d+)m", service["tmpfs"][0])
+    assert scratch
+    assert trusted["pad-bank"] < int(scratch[1]) << 20
+    assert trusted["memory-budget"] + (int(scratch[1]) << 20) + PROCESS <= limit
     assert service["memswap_limit"] == service["mem_limit"]
     for name, settings in (("trusted-worker", trusted), ("gpu-worker", gpu)):
         assert int(services()[name]["stop_grace_period"].rstrip("s")) >= settings["drain-seconds"] + 10

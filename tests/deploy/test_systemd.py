@@ -18,6 +18,7 @@ UNITS = ROOT / "deploy" / "systemd"
 ROLES = ("trusted", "gpu")
 MOST_EXPOSURE = 2.0
 PATIENCE = 60.0
+PROCESS = 256 << 20  # interpreter, libraries and buffers
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
 
@@ -115,6 +116,7 @@ def test_the_examples_and_the_units_fit() -> None:
     budget = trusted["memory-budget"]
     assert isinstance(budget, int)
     assert size(unit("trusted")["LimitMEMLOCK"][0].replace("G", "GiB")) >= budget
+    assert size(unit("trusted")["MemoryMax"][0].replace("M", "MiB")) >= budget + PROCESS
 
 
 def test_the_users_are_made_and_meet_at_the_socket() -> None:

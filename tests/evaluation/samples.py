@@ -13,4 +13,4 @@ ZERO = Counters.of(pb.StatsResponse())
 def sample(gaps: list[float], tokens: int = 10, first: float = 0.5, **after: Any) -> Sample:
     """One repetition; the counters were all zero before it."""
     cpu = {"client": 0.1, "trusted_worker": 0.2, "gpu_worker": 0.4}
-    return Sample(first, gaps, tokens, ZERO, replace(ZERO, **after), cpu, None)
+    return Sample(first, gaps, tokens, ZERO, replace(ZERO, **after), cpu, None, (ZERO, ZERO))

@@ -17,6 +17,18 @@ BAD = {
     "tokens with soak": (["--soak", "--tokens", "3"], "--tokens does not go with --soak"),
     "one at a time with soak": (["--soak", "--one-at-a-time"], "--one-at-a-time does not go with --soak"),
     "no time": (["--soak", "--minutes", "0"], "0.1"),
+    "a profile and a budget": (["--tee-profile", "optee", "--memory-budget", "20MiB"], "--tee-profile optee is 14 MiB"),
+    "a profile without a size": (["--soak", "--tee-profile", "cvm"], "add --memory-budget"),
+    "an unknown profile": (["--tee-profile", "moon"], "moon"),
+    "too long a switch": (["--switch-us", "1000001"], "whole number from 0 to 1000000"),
+    "budgets without a curve": (["--budgets", "14MiB"], "--budgets needs --budget-curve"),
+    "a picture without a curve": (["--plot", "a.png"], "--plot needs --budget-curve"),
+    "one budget for a curve": (["--budget-curve", "--memory-budget", "2MiB"], "does not go with --budget-curve"),
+    "one profile for a curve": (["--budget-curve", "--tee-profile", "optee"], "does not go with --budget-curve"),
+    "a curve and a soak": (["--budget-curve", "--soak"], "--soak does not go with --budget-curve"),
+    "a curve of a scheme without a budget": (["--budget-curve", "--schemes", "tee-only,plain"], "plain keeps no cache"),
+    "a budget that is none": (["--budget-curve", "--budgets", "14MiB,lots"], "64MiB"),
+    "a budget without a size": (["--budget-curve", "--budgets", "cvm"], "a budget has a size"),
     "a log that cannot be": (["--soak", "--log", "/nowhere/log"], "/nowhere/log"),
 }
 
@@ -59,3 +71,25 @@ def test_a_soak_has_its_own_defaults() -> None:
     assert (options.minutes, options.clients, options.seed, options.schemes) == (30.0, 8, 0, ("secure-infer",))
     assert options.memory_budget == 2 << 20
     assert options.rows == []
+
+
+def test_a_curve_has_its_own_defaults() -> None:
+    options = flags.parse(["--budget-curve"])
+    assert options.rows == [("tee-only", "int8"), ("secure-infer", "int8")]
+    assert (options.context, options.tokens, options.batch, options.repeat) == (32, 32, 1, 3)
+    assert (options.budgets, options.long_context, options.plot) == (None, None, None)
+
+
+def test_budgets_are_sizes_and_profiles_from_the_smallest() -> None:
+    options = flags.parse(["--budget-curve", "--budgets", "1GiB,qsee,14MiB,optee", "--schemes", "split"])
+    assert options.budgets == [14 << 20, 24 << 20, 1 << 30]
+    assert options.rows == [("split", "int8")]
+
+
+@pytest.mark.parametrize("work", [[], ["--soak"]])
+def test_a_profile_is_a_budget(work: list[str]) -> None:
+    options = flags.parse([*work, "--tee-profile", "optee", "--switch-us", "5"])
+    assert (options.tee_profile, options.memory_budget, options.switch_us) == ("optee", None, 5)
+    options = flags.parse([*work, "--tee-profile", "cvm", "--memory-budget", "2GiB"])
+    assert (options.tee_profile, options.memory_budget) == ("cvm", 2 << 30)
+    assert flags.parse(work).tee_profile == ""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from evaluation import judge
-from evaluation.judge import Failure, Fault, Findings, Growth, explain, growth, problems
+from evaluation.judge import Failure, Fault, Findings, Growth, beside, explain, growth, problems
 from wire.errors import DeadlineError, PreconditionError, UnavailableError
 
 KILLED = Fault("GPU worker killed", 100.0, 104.0)
@@ -47,6 +47,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a reused pad": ({"pads_reused": 1}, "pads_reused is 1"),
     "a rejected product": ({"products_failed": 2}, "2 products"),
     "a process that grew": ({"growth": {"GPU worker": Growth(100 << 20, 114 << 20, 114 << 20)}}, "the GPU worker grew"),
+    "a trusted worker that grew": (
+        {"growth": {"trusted worker": beside(Growth(200 << 20, 209 << 20, 209 << 20), None)}},
+        f"the trusted worker grew from {200 << 20} to {209 << 20} resident bytes; {208 << 20} are fine",
+    ),
     "a session that stayed": ({"sessions": 1}, "1 sessions were left"),
     "secure memory that stayed": ({"memory_after": 1064}, "1064 bytes of secure memory"),
     "a client that starved": ({"silent_clients": [5]}, "client 5 got no answer"),
@@ -108,3 +112,16 @@ def test_too_few_samples_say_nothing() -> None:
 @pytest.mark.parametrize(("late", "flat"), [((100 << 20) + (13 << 20), True), ((100 << 20) + (13 << 20) + 4096, False)])
 def test_the_bound_is_five_percent_and_eight_mebibytes(late: int, flat: bool) -> None:
     assert Growth(100 << 20, late, late).flat is flat
+
+
+@pytest.mark.parametrize(("late", "flat"), [(8 << 20, True), ((8 << 20) + 4096, False)])
+def test_a_trusted_worker_may_grow_by_eight_mebibytes_whatever_its_size(late: int, flat: bool) -> None:
+    assert beside(Growth(1 << 30, (1 << 30) + late, 2 << 30), None).flat is flat
+
+
+@pytest.mark.parametrize(("late", "flat"), [(48 << 20, True), ((48 << 20) + 4096, False)])
+def test_what_its_arena_grew_by_is_not_counted(late: int, flat: bool) -> None:
+    arena = Growth(10 << 20, 50 << 20, 64 << 20)
+    found = beside(Growth(100 << 20, (100 << 20) + late, 200 << 20), arena)
+    assert found.flat is flat
+    assert (found.early, found.arena) == (100 << 20, 40 << 20)

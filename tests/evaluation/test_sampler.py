@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from deploy.local.cluster import TRUSTED_WORKER
 from evaluation import sampler
 from evaluation.sampler import CLIENT, Sampler
 
@@ -45,3 +46,33 @@ def test_a_new_process_counts_only_after_a_while(monkeypatch: pytest.MonkeyPatch
         counted = len(sampling.samples("worker"))
         time.sleep(0.1)
         assert len(sampling.samples("worker")) == counted
+
+
+def test_a_trusted_worker_is_judged_beside_its_secure_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(sampler, "SETTLE_SECONDS", 0.0)
+    start = time.monotonic()
+    monkeypatch.setattr(sampler, "resident_bytes", lambda _: int(1e9 * (time.monotonic() - start)))
+    monkeypatch.setattr(sampler, "arena_bytes", lambda _: int(1e9 * (time.monotonic() - start)))
+    with Sampler(lambda: {TRUSTED_WORKER: os.getpid()}) as sampling:
+        while (found := sampling.growth(start, time.monotonic()).get(TRUSTED_WORKER)) is None:
+            assert time.monotonic() < start + PATIENCE
+            time.sleep(0.05)
+        assert set(sampling.growth(start, time.monotonic())) == {CLIENT, TRUSTED_WORKER}
+    assert found.share == 0
+    assert found.arena == pytest.approx(found.late - found.early, abs=1e7)
+    assert found.flat
+
+
+def test_a_trusted_worker_that_may_not_be_looked_at_is_judged_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(sampler, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(sampler, "arena_bytes", refuse)
+    start = time.monotonic()
+    with Sampler(lambda: {TRUSTED_WORKER: os.getpid()}) as sampling:
+        while (found := sampling.growth(start, time.monotonic()).get(TRUSTED_WORKER)) is None:
+            assert time.monotonic() < start + PATIENCE
+            time.sleep(0.05)
+    assert (found.share, found.arena) == (0, 0)

@@ -25,16 +25,18 @@ class Calls:
         self.sequences: dict[int, tuple[int, KvType]] = {}  # reserved tokens and type, by number
         self._next, self._rows = 0, 0  # the step that comes next, and the rows of the pass
         self._filling: dict[Any, int] = {}
-        self._kinds = [self._ring] if ring_only else [self._forward, self._chain, self._chain, self._cache, self._cache]
-        self._kinds += [self._matmul, self._provision] if float32 else [self._matmul, self._ring]
+        self._ring_only = ring_only
+        decoder = [self._forward, self._chain, self._chain, self._cache, self._cache]
+        self._kinds = [self._ring, self._lookup] if ring_only else decoder
+        self._kinds += [self._matmul, self._provision] if float32 else [self._matmul, self._ring, self._lookup]
 
     def draw(self) -> Made:
         """An operation and its tensor."""
         if self.random.random() < 0.02:
             return self.random.choice(
-                (self._ring, self._matmul, self._forward, self._chain, self._provision, self._reserve)
+                (self._ring, self._lookup, self._matmul, self._forward, self._chain, self._provision, self._reserve)
             )()
-        if self._ring not in self._kinds[:1] and len(self.sequences) < self.random.choice((1, 2, 3)):
+        if not self._ring_only and len(self.sequences) < self.random.choice((1, 2, 3)):
             return self._reserve()
         return self.random.choice(self._kinds)()
 
@@ -69,6 +71,10 @@ class Calls:
         of = self.random.choice(all_specs(self.config))
         made = pb.Operation(ring_matmul=pb.RingMatmul(layer=of.layer, linear=of.linear.number))
         return made, self.tensor(2, (self.random.choice((1, 1, 2, 5)), of.k))
+
+    def _lookup(self) -> Made:
+        rows = self.random.choice((1, 1, 2, 5))
+        return pb.Operation(ring_lookup=pb.RingLookup()), self.tensor(2, (rows, self.config.vocabulary))
 
     def _matmul(self) -> Made:
         of = self.random.choice(all_specs(self.config))

@@ -214,7 +214,9 @@ class GpuTarget:
         forward = pb.Forward(sequences=[pb.SequenceRows(sequence=1, rows=len(IDS))], logit_rows=[0, 4])
         ring = pb.RingMatmul(layer=1, linear=pb.LINEAR_QKV)
         x: Any = np.arange(2 * config.hidden).reshape(2, -1)
+        z = np.arange(config.vocabulary, dtype=np.int32)[None] << 20
         calls: list[Any] = [(pb.Operation(ring_matmul=ring), x.astype(np.int32))]
+        calls.append((pb.Operation(ring_lookup=pb.RingLookup()), z))
         if not WORLDS[world][2]:
             calls = [(pb.Operation(cache=reserve), None), (pb.Operation(forward=forward), IDS)]
         if WORLDS[world][0] == "sealed":

@@ -14,6 +14,7 @@ import torch
 from client import session
 from gpu_worker.cache import CacheStore, Sequence
 from gpu_worker.calls import CallReader
+from gpu_worker.expected import LOOKUP_ROWS
 from tests.fuzz import targets, tiny
 from tests.fuzz.harness import Bug, Target, alarms, attempt, load, replay, shortest
 from tests.fuzz.run import run
@@ -141,13 +142,18 @@ def test_an_entry_that_hangs_is_found(make: Make, monkeypatch: pytest.MonkeyPatc
 
 
 HEADER = tensor_pb2.TensorHeader(dtype=tensor_pb2.DTYPE_FLOAT32, shape=(1 << 15, 1 << 11))
+WIDE = tensor_pb2.TensorHeader(dtype=tensor_pb2.DTYPE_INT32, shape=(LOOKUP_ROWS, 1 << 17))
 ROWS = pb.Operation(forward=pb.Forward(sequences=[pb.SequenceRows()] * 1000))
 ANNOUNCED = {
     "a parameter of the largest size": (pb.Operation(provision=pb.Provision(kind=pb.PARAMETER_KIND_EMBEDDING)), HEADER),
+    "a lookup of the most rows": (pb.Operation(ring_lookup=pb.RingLookup()), WIDE),
     "more rows than a call has": (pb.Operation(matmul=pb.Matmul(linear=pb.LINEAR_QKV)), HEADER),
     "sequences without rows": (ROWS, HEADER),
 }
-BOUNDS = {"a parameter of the largest size": MAX_TENSOR_BYTES + (1 << 20)}
+BOUNDS = {
+    "a parameter of the largest size": MAX_TENSOR_BYTES + (1 << 20),
+    "a lookup of the most rows": 4 * LOOKUP_ROWS * (1 << 17) + (1 << 20),
+}
 
 
 @pytest.mark.parametrize("case", ANNOUNCED)

@@ -29,7 +29,7 @@ from wire.v1 import trusted_worker_pb2 as pb
 WORLDS = (
     ("llama", "tee-only", "float32", "256KiB", ()),
     ("mistral", "tee-only", "int8", "192KiB", ("--max-context", "50")),
-    ("llama", "secure-infer", "int8", "512KiB", ("--prefill", "worker", "--pad-bank", "64KiB")),
+    ("llama", "secure-infer", "int8", "4MiB", ("--prefill", "worker", "--pad-bank", "64KiB")),
     ("qwen3", "kv-shield", "float32", "64KiB", ("--seal-idle", "--rotate-every", "4", "--kv-dtype", "int8")),
     ("gpt2", "plain", "float32", "64KiB", ()),
 )

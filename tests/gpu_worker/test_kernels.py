@@ -1,4 +1,4 @@
-"""The ring product has the bits that int64 gives, on the CPU kernel and through the digits of the CUDA path."""
+"""Ring products have the bits that int64 gives, on the CPU kernels and through the digits of the CUDA path."""
 
 from collections.abc import Callable
 
@@ -18,6 +18,14 @@ SHAPES = [
     (6, 2 * cpu.DEPTH + 17, cpu.BLOCK),
     (1, 896, 1152),
     (64, 200, 255),
+]
+TABLES = [  # m rows over a table [v, d]
+    *[(m, v, d) for m in (1, 3, 5, 16) for v, d in ((1, 1), (3, 7), (33, 64), (130, 33), (301, 65))],
+    (2, cpu.BLOCK, cpu.DEPTH + 1),
+    (5, cpu.BLOCK + 1, 2 * cpu.DEPTH + 17),
+    (1, cpu.SMALL // 64 + 3, 64),
+    (3, 40_003, 9),
+    (16, 2003, 896),
 ]
 EXTREMES = np.array([-(1 << 31), (1 << 31) - 1, -1, 0, 1, 127, 128, -128, -129, 0x7FFF8000], np.int32)
 
@@ -57,6 +65,53 @@ def test_extreme_words_wrap_around(m: int, k: int, n: int, weight: int, seed: in
     np.testing.assert_array_equal(cuda.ring_matmul(torch.from_numpy(z), torch.from_numpy(w)).numpy(), expected)
 
 
+def _both_lookups(z: npt.NDArray[np.int32], table: npt.NDArray[np.int8]) -> list[npt.NDArray[np.int32]]:
+    return [cpu.lookup(z, table), cuda.ring_lookup(torch.from_numpy(z), torch.from_numpy(table)).numpy()]
+
+
+@pytest.mark.parametrize("shape", TABLES, ids=str)
+def test_both_lookups_equal_int64(shape: tuple[int, int, int]) -> None:
+    z, transposed = _operands(*shape)
+    expected = _reference(z, transposed)
+    for answer in _both_lookups(z, np.ascontiguousarray(transposed.T)):
+        assert answer.dtype == np.int32
+        np.testing.assert_array_equal(answer, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_a_table_is_cut_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """And read whole where fewer rows than threads are left."""
+    monkeypatch.setattr(cpu, "SMALL", 1)
+    monkeypatch.setattr(cpu, "get_num_threads", lambda: threads)
+    for v in (1, 3, 8, 500):
+        z, transposed = _operands(3, v, 70)
+        np.testing.assert_array_equal(cpu.lookup(z, np.ascontiguousarray(transposed.T)), _reference(z, transposed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 9), st.integers(1, 70), st.integers(1, 40), st.sampled_from([-128, -127, 127, 0]), st.integers(0, 99)
+)
+def test_lookups_of_extreme_words_wrap_around(m: int, v: int, d: int, weight: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    z = random.choice(EXTREMES, (m, v))
+    table = np.where(random.random((v, d)) < 0.5, weight, random.integers(-128, 128, (v, d))).astype(np.int8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_TILE", 17)
+        for answer in _both_lookups(z, table):
+            np.testing.assert_array_equal(answer, _reference(z, table.T))
+
+
+def test_a_one_hot_row_and_a_pad_give_a_row_of_the_table() -> None:
+    """What the operation is for: the pad's own lookup comes off again."""
+    pad, transposed = _operands(2, 301, 64)
+    table = np.ascontiguousarray(transposed.T)
+    masked = pad.copy()
+    masked[[0, 1], [7, 300]] += 1  # wraps
+    for answer, alone in zip(_both_lookups(masked, table), _both_lookups(pad, table), strict=True):
+        np.testing.assert_array_equal(answer - alone, table[[7, 300]])
+
+
 def test_digits_are_balanced_and_weigh_up_to_the_word() -> None:
     words = torch.from_numpy(np.concatenate([EXTREMES, _operands(1, 500, 1)[0][0]]))[None]
     parts = cuda.digits(words)
@@ -83,6 +138,21 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="operands"):
             cpu.matmul(bad_z, bad_w)  # type: ignore[arg-type]
+    table = np.ascontiguousarray(w.T)
+    for bad_z, bad_table in (
+        (z[:, :7], table),
+        (z.astype(np.float32), table),
+        (z, table.astype(np.int32)),
+        (z[0], table),
+        (np.asfortranarray(z), table),
+        (z, w.T),
+    ):
+        with pytest.raises(ValueError, match="operands"):
+            cpu.lookup(bad_z, bad_table)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="operands"):
+        cuda.ring_lookup(torch.zeros((1, 8), dtype=torch.float32), torch.zeros((8, 3), dtype=torch.int8))
+    with pytest.raises(ValueError, match="operands"):
+        cuda.ring_lookup(torch.zeros((1, 9), dtype=torch.int32), torch.zeros((8, 3), dtype=torch.int8))
     with pytest.raises(ValueError, match="operands"):
         cuda.ring_matmul(torch.zeros((1, 8), dtype=torch.int64), torch.zeros((3, 8), dtype=torch.int8))
     with pytest.raises(ValueError, match="operands"):
@@ -108,6 +178,7 @@ def test_self_check_passes_here(few_rows: list[tuple[int, int, int]], capsys: py
     assert cuda.main() == 0
     assert "bit for bit" in capsys.readouterr().out
     assert max(few_rows)[0] >= 256
+    assert max(k for _, k, _ in few_rows) > cuda._TILE
 
 
 def test_self_check_notices_a_wrong_bit(
@@ -117,6 +188,13 @@ def test_self_check_notices_a_wrong_bit(
     monkeypatch.setattr(cuda, "combine", lambda parts: right(parts) ^ 1)
     assert cuda.main() == 1
     assert capsys.readouterr().out.count("MISMATCH") == len(few_rows)
+
+
+def test_no_two_kernels_share_a_place_in_the_cache() -> None:
+    """numba keeps one compiled function for one source, parallel or not: the first one's would serve both."""
+    codes = [one.py_func.__code__ for one in vars(cpu).values() if hasattr(one, "py_func")]
+    assert {cpu._product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
+    assert len({*codes}) == len(codes)
 
 
 def test_without_a_place_for_compiled_code_nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from gpu_worker.expected import LOOKUP_ROWS
 from wire import codec, parameters
 from wire.checkpoint import Checkpoint
-from wire.linears import Linear, LinearSpec, spec
+from wire.linears import Linear, LinearSpec, lookup_spec, spec
 from wire.model_config import ModelConfig
 from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
@@ -28,20 +29,24 @@ class HonestWorker:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint, self._config = checkpoint, config
         self._weights: dict[tuple[int, int, bool], npt.NDArray[np.float32] | npt.NDArray[np.int64]] = {}
+        self._table: npt.NDArray[np.int64] | None = None
         self.calls = 0
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
+    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
         """See schemes.base.Worker."""
         self.calls += 1
         assert array is not None
-        assert 1 <= len(array) <= codec.MAX_ROWS  # what the real one refuses
-        if operation.HasField("ring_matmul"):
+        lookup = operation.HasField("ring_lookup")
+        assert 1 <= len(array) <= (LOOKUP_ROWS if lookup else codec.MAX_ROWS)  # what the real one refuses
+        if lookup:
+            answer = (array.astype(np.int64) @ self.table()).astype(np.int32)
+        elif operation.HasField("ring_matmul"):
             ring = operation.ring_matmul
-            weight = self.weight(ring.layer, ring.linear, int8=True)
-            exact = array.astype(np.int64) @ weight.T
-            return exact.astype(np.int32)
-        plain = operation.matmul
-        return (array @ self.weight(plain.layer, plain.linear, int8=False).T).astype(np.float32)
+            answer = (array.astype(np.int64) @ self.weight(ring.layer, ring.linear, int8=True).T).astype(np.int32)
+        else:
+            plain = operation.matmul
+            answer = (array @ self.weight(plain.layer, plain.linear, int8=False).T).astype(np.float32)
+        fill(into, answer)
 
     def close(self) -> None:
         """There is no stream."""
@@ -54,20 +59,28 @@ class HonestWorker:
             self._weights[key] = quantize_rows(weight)[0].astype(np.int64) if int8 else weight
         return self._weights[key]
 
+    def table(self) -> npt.NDArray[np.int64]:
+        """E_q of the embedding."""
+        if self._table is None:
+            embedding = parameters.parameters(self._config)[parameters.Name(parameters.Kind.EMBEDDING)]
+            self._table = quantize_rows(parameters.read(self._checkpoint, embedding))[0].astype(np.int64)
+        return self._table
+
 
 class RecordingWorker(HonestWorker):
-    """Honest, and keeps every request: what a curious GPU worker sees."""
+    """Honest, and keeps every request: what a curious GPU worker sees. A lookup has the numbers of `lookup_spec`."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         super().__init__(checkpoint, config)
         self.seen: list[tuple[int, int, npt.NDArray[np.int32]]] = []
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
+    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
         """See schemes.base.Worker."""
         assert array is not None
-        ring = operation.ring_matmul
-        self.seen.append((ring.layer, ring.linear, array.astype(np.int32, copy=True)))
-        return super().call(operation, array, shape)
+        lookup = operation.HasField("ring_lookup")
+        of = lookup_spec(self._config) if lookup else operation.ring_matmul
+        self.seen.append((of.layer, int(of.linear), array.astype(np.int32, copy=True)))
+        super().call(operation, array, into)
 
 
 class CheatingWorker(HonestWorker):
@@ -75,9 +88,24 @@ class CheatingWorker(HonestWorker):
 
     cheat: Callable[[Words, Words], Words] | None = None
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
+    _previous: Words | None = None
+
+    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
         """See schemes.base.Worker."""
-        answer = super().call(operation, array, shape).astype(np.int32)
-        previous = getattr(self, "_previous", np.zeros_like(answer))
-        self._previous = answer.copy()
-        return self.cheat(answer, previous) if self.cheat else answer
+        super().call(operation, array, into)
+        assert into is not None
+        answer = into.astype(np.int32)
+        previous, self._previous = self._previous, answer.copy()
+        if self.cheat:
+            fill(into, self.cheat(answer, np.zeros_like(answer) if previous is None else previous))
+
+
+def fill(into: codec.Array | None, answer: codec.Array | None) -> None:
+    """What offload does with an answer: it must be of the form that was asked for, or there must be none."""
+    if into is None or answer is None:
+        assert into is None
+        assert answer is None
+        return
+    assert into.flags.c_contiguous
+    assert (answer.shape, answer.dtype) == (into.shape, into.dtype)
+    into[...] = answer

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from trusted_worker.arithmetic import F32
-from trusted_worker.sampling import Sampler
+from trusted_worker.metrics import Latencies
+from trusted_worker.sampling import Sampler, scratch_bytes
+from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.session import Event, Session
 from wire.model_config import ModelConfig
 from wire.v1 import trusted_worker_pb2 as pb
@@ -51,14 +53,21 @@ class FakeCache:
         assert not self.freed
         self.rests += 1
 
-    def wake(self) -> None:
+    def wake(self, tokens: int) -> int:
         """See kv_cache.Cache."""
         assert not self.freed
         self.wakes += 1
+        return tokens
 
     def free(self) -> None:
         """See kv_cache.Cache."""
         self.freed += 1
+
+
+def scratch_of(vocabulary: int) -> Scratch:
+    """What a sampler works in."""
+    size = scratch_bytes(vocabulary)
+    return Scratch(SecureMemory(size + (1 << 13)), size)
 
 
 def logits_for(token: int) -> F32:
@@ -73,7 +82,7 @@ class Client:
 
     def __init__(self, capacity: int = 32) -> None:
         self.cache = FakeCache(capacity)
-        self.session = Session(CONFIG, self.cache, Sampler(pb.Sampling()))
+        self.session = Session(CONFIG, self.cache, Sampler(pb.Sampling()), scratch_of(VOCABULARY), Latencies())
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.emit = self.events.put  # one object: detach compares by identity
         self.session.attach(self.emit)
@@ -101,7 +110,7 @@ class Client:
         rows = self.session.rows
         if not rows:
             return False
-        _, wants = self.session.take(rows)
+        _, _, wants = self.session.take(rows)
         self.cache.commit(rows)
         if wants:
             self.session.accept(logits_for(token))

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.trusted_worker import traced
 from trusted_worker import arithmetic
-from trusted_worker.arithmetic import EXACT_DEPTH, F32, I32, X_LIMIT, Y_LIMIT, Bound
+from trusted_worker.arithmetic import EXACT_DEPTH, F32, FEW, I8, I32, PIECE_COLUMNS, X_LIMIT, Y_LIMIT, Bound
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from wire.errors import InvalidArgumentError
 
@@ -167,8 +168,7 @@ def test_dequantisation_is_exact_to_a_few_ulps(
     s_x = (np.float32(x_scale) * np.array([[1], [0.5], [3]])).astype(np.float32)
     s_w = (np.float32(w_scale) * np.arange(1, 9)).astype(np.float32)
     bias = np.linspace(-2, 2, 8, dtype=np.float32) if biased else None
-    with scratch.frame():
-        y = arithmetic.dequantize(y_q, s_x, s_w, bias, scratch).astype(np.float64)
+    y = arithmetic.dequantize(y_q, s_x, s_w, bias, np.empty(y_q.shape, np.float32)).astype(np.float64)
     product = y_q.astype(np.float64) * s_x.astype(np.float64) * s_w.astype(np.float64)
     offset = 0.0 if bias is None else bias.astype(np.float64)
     assert np.all(np.abs(y - (product + offset)) <= 2.0**-22 * (np.abs(product) + np.abs(offset)))
@@ -183,14 +183,14 @@ def test_quantised_product_is_close_to_the_real_one(scratch: Scratch) -> None:
     with scratch.frame():
         x_q, x_scale = arithmetic.quantize(x, bound, scratch)
         y_q = (x_q.astype(np.int64) @ weights.astype(np.int64).T).astype(np.int32)
-        y = arithmetic.dequantize(y_q, x_scale, w_scale, None, scratch).copy()
+        y = arithmetic.dequantize(y_q, x_scale, w_scale, None, np.empty(y_q.shape, np.float32))
     reference = x.astype(np.float64) @ (weights.astype(np.float64) * w_scale[:, None]).T
     assert np.abs(y - reference).max() < 1e-4 * np.abs(reference).max()
 
 
 @pytest.mark.parametrize("k", [1, 1000, 33_000])
 @pytest.mark.parametrize("kind", ["largest", "smallest", "alternating", "random"])
-def test_exact_product_is_the_integer_product_modulo_the_ring(k: int, kind: str) -> None:
+def test_exact_product_is_the_integer_product_modulo_the_ring(scratch: Scratch, k: int, kind: str) -> None:
     random = _random(k)
     signs = np.where(np.arange(k) % 2, -1, 1)
     weights = (127 * np.stack([np.ones(k), -np.ones(k), signs, random.choice([-1, 1], k)])).astype(np.int8)
@@ -201,28 +201,86 @@ def test_exact_product_is_the_integer_product_modulo_the_ring(k: int, kind: str)
         "random": random.integers(-(2**31), 2**31 + 1, (2, k)),
     }[kind].astype(np.int64)
     out = np.empty((2, 4), np.int32)
-    arithmetic.exact_product(x.astype(np.float64), [(0, weights[:3]), (3, weights[3:])], out)
+    with scratch.frame():
+        arithmetic.exact_product(x.astype(np.float64), [(0, weights[:3]), (3, weights[3:])], out, scratch)
     expected = [[sum(map(int, row * w)) for w in weights.astype(np.int64)] for row in x]
     assert [[int(v) % 2**32 for v in row] for row in out] == [[v % 2**32 for v in row] for row in expected]
 
 
 @pytest.mark.parametrize("k", [EXACT_DEPTH, EXACT_DEPTH + 1, 40_001, 2 * EXACT_DEPTH + 3])
-def test_longer_inputs_are_summed_in_exact_parts(k: int) -> None:
+def test_longer_inputs_are_summed_in_exact_parts(scratch: Scratch, k: int) -> None:
     """In one sum the partial sums would pass 2^53, and be rounded."""
     out = np.empty((1, 2), np.int32)
     weights = np.full((2, k), 127, np.int8)
     weights[1] = -127
-    arithmetic.exact_product(np.full((1, k), 2.0**31 - 1), [(0, weights)], out)
+    arithmetic.exact_product(np.full((1, k), 2.0**31 - 1), [(0, weights)], out, scratch)
     expected = k * 127 * (2**31 - 1)
     assert [int(v) % 2**32 for v in out[0]] == [expected % 2**32, -expected % 2**32]
 
 
-@given(st.lists(st.integers(-(2**53), 2**53), min_size=1, max_size=20))
+def _big(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same numbers as Python's."""
+    return array.astype(np.int64).astype(object)
+
+
+def _same_modulo_the_ring(out: I32, expected: npt.NDArray[Any]) -> bool:
+    return bool(((_big(out) - expected) % 2**32 == 0).all())
+
+
+SHAPES = st.tuples(
+    st.sampled_from([1, 2, FEW, FEW + 1, 70]),  # rows of activations
+    st.sampled_from([1, 3, 65]),  # outputs
+    st.sampled_from([1, 200, PIECE_COLUMNS, PIECE_COLUMNS + 1]),
+)
+
+
+@given(SHAPES, st.integers(1, 40), st.integers(0, 1000))
+@settings(CASES, max_examples=40)
+def test_products_and_lookups_of_any_shape_in_any_tiles(
+    scratch: Scratch, shape: tuple[int, int, int], tile: int, seed: int
+) -> None:
+    random, (m, n, k) = _random(seed), shape
+    weights: I8 = random.integers(-127, 128, (n, k)).astype(np.int8)
+    tiles = [(first, weights[first : first + tile]) for first in range(0, n, tile)]
+    x, z = (random.integers(-(2**31), 2**31, (m, width), dtype=np.int32) for width in (k, n))
+    product, lookup = np.full((m, n), 7, np.int32), np.full((m, k), 7, np.int32)
+    with scratch.frame():
+        arithmetic.exact_product(x.astype(np.float64), tiles, product, scratch)
+        arithmetic.exact_lookup(z, reversed(tiles), lookup, scratch)
+    assert _same_modulo_the_ring(product, _big(x) @ _big(weights).T)
+    assert _same_modulo_the_ring(lookup, _big(z) @ _big(weights))
+
+
+def test_a_lookup_of_rows_beyond_exact_sums_is_exact(scratch: Scratch) -> None:
+    rows = 2 * EXACT_DEPTH + 3
+    table, out = np.full((rows, 1), 127, np.int8), np.empty((2, 1), np.int32)
+    z = np.stack([np.full(rows, 2**31 - 1), np.full(rows, -(2**31))]).astype(np.int32)
+    with scratch.frame():
+        arithmetic.exact_lookup(z, [(0, table)], out, scratch)
+    assert _same_modulo_the_ring(out, np.array([[rows * 127 * (2**31 - 1)], [-rows * 127 * 2**31]], object))
+
+
+@pytest.mark.parametrize("m", [1, FEW, FEW + 1, 256])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1024, 256), (53, 4864), (292, 896), (23, 11008), (3, 40_000)])
+def test_products_take_no_more_scratch_than_they_say(m: int, rows: int, columns: int) -> None:
+    weights = np.ones((rows, columns), np.int8)
+    size = arithmetic.exact_scratch_bytes(m, rows, columns)
+    memory = SecureMemory(size + (1 << 13))
+    exact = Scratch(memory, size)
+    product, lookup = np.empty((m, rows), np.int32), np.empty((m, columns), np.int32)
+    arithmetic.exact_product(np.ones((m, columns)), [(0, weights)], product, exact)
+    arithmetic.exact_lookup(np.ones((m, rows), np.int32), [(0, weights)], lookup, exact)
+    assert (product == columns).all()
+    assert (lookup == rows).all()
+
+
+@given(st.lists(st.integers(-(2**53), 2**53), min_size=1, max_size=20), st.integers(-(2**31), 2**31 - 1))
 @CASES
-def test_wrap_is_reduction_modulo_the_ring(values: list[int]) -> None:
-    wrapped = arithmetic.wrap(np.array([values], np.float64))
-    assert wrapped.dtype == np.int32
-    assert [int(v) % 2**32 for v in wrapped[0]] == [v % 2**32 for v in values]
+def test_sums_are_added_modulo_the_ring(values: list[int], start: int) -> None:
+    exact = np.array([values, values[::-1]], np.float64).T.copy()
+    out = np.full((2, len(values)), start, np.int32)
+    arithmetic._add(exact, out)
+    assert _same_modulo_the_ring(out, np.array([values, values[::-1]], object) + start)
 
 
 @given(st.integers(1, 6), st.sampled_from([2, 64, 513]), st.sampled_from([1e-6, 1.0, 1e6]), st.integers(0, 1000))
@@ -395,7 +453,7 @@ def test_a_row_does_not_depend_on_its_batch(scratch: Scratch, m: int, k: int, se
         arithmetic.rotate(turned, positions[part], frequencies)
         with scratch.frame():
             x_q, scale = arithmetic.quantize(piece, bound, scratch)
-            y = arithmetic.dequantize(x_q, scale, gain, gain, scratch)
+            y = arithmetic.dequantize(x_q, scale, gain, gain, np.empty(x_q.shape, np.float32))
             normed = arithmetic.rms_norm(piece, gain, 1e-6, scratch)
             return [a.copy() for a in (x_q, scale, y, normed, arithmetic.silu_times(piece, scratch), turned)]
 
@@ -405,3 +463,58 @@ def test_a_row_does_not_depend_on_its_batch(scratch: Scratch, m: int, k: int, se
         pieces = [everything(part) for part in parts]
         for index, array in enumerate(whole):
             assert np.array_equal(np.concatenate([piece[index] for piece in pieces]), array)
+
+
+ROWS, WIDE, VOCABULARY = 64, 11_008, 151_936  # the largest that is meant to run
+OUTSIDE = 256 << 10  # of which numpy's iterators take up to three buffers of 64 KiB
+
+
+@pytest.fixture(scope="module")
+def large() -> Scratch:
+    """Room for the largest shapes, never used up by anything that a test keeps."""
+    return Scratch(SecureMemory(64 << 20), 63 << 20)
+
+
+def _framed(scratch: Scratch, work: Any) -> int:
+    def run() -> None:
+        with scratch.frame():
+            work()
+
+    return traced.peak(run)
+
+
+def test_row_by_row_functions_keep_their_temporaries_in_the_scratch(large: Scratch) -> None:
+    x = _random(0).standard_normal((ROWS, 2 * WIDE)).astype(np.float32)
+    vector, half = np.ones(2 * WIDE, np.float32), x[:, :WIDE].copy()
+    bound = Bound(WIDE, 127**2 * WIDE)
+    works = {
+        "rms_norm": lambda: arithmetic.rms_norm(x, vector, 1e-5, large),
+        "layer_norm": lambda: arithmetic.layer_norm(x, vector, vector, 1e-5, large),
+        "silu_times": lambda: arithmetic.silu_times(x, large),
+        "gelu": lambda: arithmetic.gelu(x, large),
+        "quantize": lambda: arithmetic.quantize(half, bound, large),
+    }
+    assert {name: size for name, work in works.items() if (size := _framed(large, work)) > OUTSIDE} == {}
+
+
+def test_head_by_head_functions_work_in_place() -> None:
+    heads = _random(0).standard_normal((ROWS, 72, 128)).astype(np.float32)
+    gain, positions = np.ones(128, np.float32), np.arange(ROWS, dtype=np.int32)
+    assert traced.peak(lambda: arithmetic.normalise_heads(heads[:, :64], gain, 1e-6)) < OUTSIDE
+    for interleaved in (False, True):
+        work = lambda: arithmetic.rotate(heads[:, :70], positions, _frequencies(128, 1e4), interleaved)  # noqa: E731, B023
+        assert traced.peak(work) < OUTSIDE
+
+
+def test_products_keep_their_temporaries_in_the_scratch(large: Scratch) -> None:
+    weights = np.ones((96, WIDE), np.int8)
+    x, z = np.ones((ROWS, WIDE)), np.ones((ROWS, 96), np.int32)
+    y, e = np.empty((ROWS, 96), np.int32), np.empty((ROWS, WIDE), np.int32)
+    assert _framed(large, lambda: arithmetic.exact_product(x, [(0, weights)], y, large)) < OUTSIDE
+    assert _framed(large, lambda: arithmetic.exact_lookup(z, [(0, weights)], e, large)) < OUTSIDE
+
+
+def test_logits_are_scaled_without_a_temporary() -> None:
+    y_q, scale, out = np.ones((4, VOCABULARY), np.int32), np.ones(VOCABULARY, np.float32), np.empty((4, 1), np.float32)
+    y = np.empty(y_q.shape, np.float32)
+    assert traced.peak(lambda: arithmetic.dequantize(y_q, out, scale, scale, y)) < OUTSIDE

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trusted_worker.config import parse, size
+from trusted_worker.config import KV_TYPES, SCHEMES, parse, size
 
 CASES = settings(deadline=None, max_examples=100, derandomize=True)
 MODEL = ["--model", "folder"]
@@ -35,6 +35,9 @@ def test_defaults() -> None:
     assert settings.listen == "127.0.0.1:0"
     assert settings.threads == 1
     assert not settings.insecure_plaintext
+    assert (settings.tee_profile, settings.process_memory) == ("", None)
+    assert (settings.switch_us, settings.embed, settings.kv_dtype) == (0, "auto", "float32")
+    assert not settings.insecure_unchecked_tiles
 
 
 def test_values_are_taken() -> None:
@@ -43,6 +46,50 @@ def test_values_are_taken() -> None:
     assert (settings.scheme, settings.precision) == ("split", "float32")
     assert (settings.memory_budget, settings.pad_bank, settings.max_context) == (14 << 20, 0, 9)
     assert (settings.threads, settings.step_seconds) == (3, 1.5)
+
+
+def test_memory_flags_are_taken() -> None:
+    asked = ["--process-memory", "300MiB", "--switch-us", "25", "--embed", "client", "--insecure-unchecked-tiles"]
+    settings = parse([*MODEL, "--tee-profile", "qsee", *asked])
+    assert (settings.tee_profile, settings.memory_budget) == ("qsee", 24 << 20)
+    assert (settings.process_memory, settings.switch_us, settings.embed) == (300 << 20, 25, "client")
+    assert settings.insecure_unchecked_tiles
+
+
+def test_a_confidential_machine_is_as_large_as_it_is_said_to_be() -> None:
+    settings = parse([*MODEL, "--tee-profile", "cvm", "--memory-budget", "3GiB"])
+    assert (settings.tee_profile, settings.memory_budget) == ("cvm", 3 << 30)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", KV_TYPES)
+def test_every_scheme_has_every_type_of_cache(scheme: str, kind: str) -> None:
+    assert parse([*MODEL, "--scheme", scheme, "--kv-dtype", kind]).kv_dtype == kind
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tee-profile", "sgx1", "--switch-us", "8", "--embed", "client", "--insecure-unchecked-tiles"],
+        ["--tee-profile", "cvm", "--memory-budget", "2GiB", "--process-memory", "0"],
+        ["--memory-budget", "14MiB", "--kv-dtype", "int8"],
+        [],
+    ],
+)
+def test_memory_settings_are_printed_and_read_back(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse([*MODEL, *flags, "--print-config"])
+    assert left.value.code == 0
+    file = tmp_path / "printed.toml"
+    file.write_text(capsys.readouterr().out)
+    assert parse(["--config", str(file)]) == parse([*MODEL, *flags])
+
+
+def test_a_variable_names_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLEAVE_TRUSTED_TEE_PROFILE", "optee")
+    assert parse(MODEL).memory_budget == 14 << 20
 
 
 def test_the_whole_machine_multiplies_for_tee_only() -> None:
@@ -113,7 +160,16 @@ def test_flags_go_before_the_environment_and_the_environment_before_the_file(
         (["--rotate-every", "4"], "kv-shield"),
         (["--seal-idle"], "kv-shield"),
         (["--rope", "worker"], "kv-shield"),
-        (["--kv-dtype", "int8"], "--kv-dtype"),
+        (["--kv-dtype", "int4"], "--kv-dtype"),
+        (["--tee-profile", "enclave"], "'optee', 'optee-rpi3', 'qsee', 'trustzone', 'sgx1', 'cvm'"),
+        (["--tee-profile", "optee", "--memory-budget", "14MiB"], "14 MiB: leave --memory-budget out"),
+        (["--tee-profile", "cvm"], "add --memory-budget"),
+        (["--switch-us", "-1"], "--switch-us"),
+        (["--switch-us", "1000001"], "more than a second"),
+        (["--embed", "worker"], "--embed"),
+        (["--scheme", "plain", "--embed", "client"], "--embed client"),
+        (["--scheme", "kv-shield", "--embed", "client"], "--embed client"),
+        (["--process-memory", "much"], "--process-memory"),
         (["--model-key-file", "key"], "tee-only"),
         (["--config", "/nowhere.toml"], "nowhere.toml"),
         (["--log-format", "xml"], "xml"),

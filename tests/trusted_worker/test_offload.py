@@ -107,6 +107,13 @@ class Server(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         return assembler.array()
 
 
+def ask(worker: GpuWorker, operation: pb.Operation, array: Any, shape: tuple[int, ...]) -> Any:
+    """The answer, in memory of ours."""
+    into = np.full(shape, -1, np.float32 if operation.HasField("forward") else np.int32)
+    worker.call(operation, array, into)
+    return into
+
+
 REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: ExhaustedError,
     grpc.StatusCode.OUT_OF_RANGE: ContextError,
@@ -129,26 +136,36 @@ def worker(server: Server) -> Iterator[GpuWorker]:
     one.close()
 
 
-def test_an_exchange_returns_memory_of_our_own(worker: GpuWorker, server: Server) -> None:
-    result = worker.call(RING, X, (3, 4))
-    assert (result == 2 * X).all()
-    assert result.dtype == np.int32
-    assert result.flags.writeable
-    assert result.flags.c_contiguous
-    result += 1
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+def test_an_answer_fills_the_array_that_was_given_and_nothing_else(worker: GpuWorker, server: Server) -> None:
+    memory = np.full((5, 4), -7, np.int32)
+    worker.call(RING, X, memory[1:4])
+    assert (memory[1:4] == 2 * X).all()
+    assert (memory[[0, 4]] == -7).all()
+    memory += 1
+    worker.call(RING, X, memory[1:4])
+    assert (memory[1:4] == 2 * X).all()
     assert (server.loads, server.streams) == (["tiny"], 1)
 
 
 def test_tensors_of_any_number_of_frames(worker: GpuWorker) -> None:
     for columns in (0, 1, codec.FRAME_BYTES // 4 - 1, codec.FRAME_BYTES // 4, codec.FRAME_BYTES // 4 + 1, 700_000):
         x = np.arange(columns, dtype=np.int32).reshape(1, columns)
-        assert (worker.call(RING, x, (1, columns)) == 2 * x).all()
+        assert (ask(worker, RING, x, (1, columns)) == 2 * x).all()
+
+
+@pytest.mark.parametrize("microseconds", [300, 5000])
+def test_a_world_switch_is_charged_to_each_exchange(server: Server, microseconds: int) -> None:
+    worker = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, switch_us=microseconds)
+    for _ in range(3):
+        assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
+    assert worker.traffic.seconds >= 3 * microseconds / 1e6
+    assert worker.traffic.exchanges == 3
+    worker.close()
 
 
 def test_traffic_is_counted_in_serialised_bytes(worker: GpuWorker) -> None:
     for count in (1, 2):
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
         assert worker.traffic.exchanges == count
     request = pb.ExecuteRequest(id=1, operation=RING, header=codec.header_of(X), data=X.tobytes())
     assert worker.traffic.bytes_up == 2 * request.ByteSize()
@@ -156,18 +173,18 @@ def test_traffic_is_counted_in_serialised_bytes(worker: GpuWorker) -> None:
 
 
 def test_a_call_without_tensors(worker: GpuWorker) -> None:
-    assert worker.call(CACHE, None, None).size == 0
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    worker.call(CACHE, None, None)
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 def test_forward_answers_in_float32(worker: GpuWorker, server: Server) -> None:
     ids = np.array([1, 2], np.int32)
     logits = np.ones((1, 5), np.float32)
     server.behaviour = lambda number, array: answer(number, logits)
-    assert (worker.call(FORWARD, ids, (1, 5)) == logits).all()
+    assert (ask(worker, FORWARD, ids, (1, 5)) == logits).all()
     server.behaviour = lambda number, array: answer(number, logits.astype(np.int32))
     with pytest.raises(VerificationError):
-        worker.call(FORWARD, ids, (1, 5))
+        ask(worker, FORWARD, ids, (1, 5))
 
 
 def _header(dtype: int, *shape: int) -> tensor_pb2.TensorHeader:
@@ -206,19 +223,19 @@ LIES: dict[str, Behaviour] = {
 def test_an_answer_of_the_wrong_form_is_one_error(worker: GpuWorker, server: Server, lie: str) -> None:
     server.behaviour = LIES[lie]
     with pytest.raises(VerificationError) as caught:
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     assert str(caught.value) == str(VerificationError())
     assert caught.value.__cause__ is None
     assert worker.traffic.exchanges == 0
 
 
 def test_after_a_rejected_answer_the_next_call_starts_afresh(worker: GpuWorker, server: Server) -> None:
-    worker.call(RING, X, (3, 4))
+    ask(worker, RING, X, (3, 4))
     server.behaviour = LIES["rows missing"]
     with pytest.raises(VerificationError):
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     server.behaviour = doubled
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert (server.streams, len(server.loads), worker.traffic.exchanges) == (2, 2, 2)
 
 
@@ -227,15 +244,15 @@ def test_a_frame_over_the_limit_is_refused(worker: GpuWorker, server: Server) ->
     first, rest = x.tobytes()[: codec.FRAME_BYTES + 1], x.tobytes()[codec.FRAME_BYTES + 1 :]
     server.behaviour = lambda n, a: _raw(n, codec.header_of(x), first, rest)
     with pytest.raises(VerificationError):
-        worker.call(RING, x, (1, 600_000))
+        ask(worker, RING, x, (1, 600_000))
 
 
 def test_a_message_over_the_limit_never_arrives(worker: GpuWorker, server: Server) -> None:
     server.behaviour = lambda n, a: _raw(n, HEADER, bytes(channel.MAX_MESSAGE_BYTES + 1))
     with pytest.raises(CleaveError):
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     server.behaviour = doubled
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 @pytest.mark.parametrize(
@@ -247,9 +264,9 @@ def test_frames_behind_an_answer_do_not_answer_the_next_call(
     worker: GpuWorker, server: Server, extra: Callable[[int], Frames]
 ) -> None:
     server.behaviour = lambda n, a: doubled(n, a) + extra(n)
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     with pytest.raises(VerificationError):
-        worker.call(RING, X + 1, (3, 4))
+        ask(worker, RING, X + 1, (3, 4))
 
 
 def test_an_earlier_answer_does_not_answer_a_later_call(worker: GpuWorker, server: Server) -> None:
@@ -261,10 +278,10 @@ def test_an_earlier_answer_does_not_answer_a_later_call(worker: GpuWorker, serve
         return doubled(number if len(ids) != 2 else ids[0], array)
 
     server.behaviour = note
-    worker.call(RING, X, (3, 4))
+    ask(worker, RING, X, (3, 4))
     with pytest.raises(VerificationError):
-        worker.call(RING, X, (3, 4))
-    worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
+    ask(worker, RING, X, (3, 4))
     assert ids == sorted(set(ids))
 
 
@@ -272,31 +289,31 @@ def test_an_earlier_answer_does_not_answer_a_later_call(worker: GpuWorker, serve
 def test_a_closed_stream_is_unavailable(worker: GpuWorker, server: Server, behaviour: Behaviour) -> None:
     server.behaviour, server.leave_after, server.leave = behaviour, True, behaviour is doubled
     with pytest.raises(UnavailableError):
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     server.leave = server.leave_after = False
     server.behaviour = doubled
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN])
 def test_the_workers_status_text_goes_nowhere(worker: GpuWorker, server: Server, code: grpc.StatusCode) -> None:
     server.abort = code
     with pytest.raises(UnavailableError) as caught:
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     assert PRIVATE not in str(caught.value)
     assert caught.value.__cause__ is None
     server.abort = None
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 def test_a_refused_load_is_unavailable_without_its_text(worker: GpuWorker, server: Server) -> None:
     server.refuse_load = True
-    for attempt in (worker.connect, lambda: worker.call(RING, X, (3, 4))):
+    for attempt in (worker.connect, lambda: ask(worker, RING, X, (3, 4))):
         with pytest.raises(UnavailableError) as caught:
             attempt()
         assert PRIVATE not in str(caught.value)
     server.refuse_load = False
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 @pytest.mark.parametrize("patient", [False, True])
@@ -305,7 +322,7 @@ def test_nobody_listening_is_unavailable(tmp_path: Path, patient: bool) -> None:
     with pytest.raises(UnavailableError, match="not available"):
         worker.connect(patient)
     with pytest.raises(UnavailableError, match="not available"):
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     worker.expire()
     worker.close()
 
@@ -336,11 +353,11 @@ def test_a_worker_that_hangs_misses_its_deadline(server: Server, after: int) -> 
     server.hang, server.hang_after = True, after
     started = time.monotonic()
     with Watch(worker), pytest.raises(DeadlineError, match="in time"):
-        worker.call(RING, x, (1, 600_000))
+        ask(worker, RING, x, (1, 600_000))
     assert time.monotonic() - started >= 0.3
     server.hang = False
     server.released.set()
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     worker.close()
 
 
@@ -353,7 +370,7 @@ def test_expire_leaves_calls_within_their_deadline_alone(worker: GpuWorker, serv
     worker.expire()
     with Watch(worker):
         for _ in range(3):
-            assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+            assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert server.streams == 1
 
 
@@ -363,18 +380,18 @@ def test_expire_of_an_idle_connection_does_nothing(server: Server) -> None:
     time.sleep(0.1)
     worker.expire()
     server.behaviour = doubled
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert server.streams == 1
     worker.close()
 
 
 def test_a_restarted_worker_is_loaded_and_used_again(worker: GpuWorker, server: Server) -> None:
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     server.stop()
     with pytest.raises(UnavailableError):
-        worker.call(RING, X, (3, 4))
+        ask(worker, RING, X, (3, 4))
     server.start()
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert server.loads == ["tiny", "tiny"]
 
 
@@ -382,15 +399,15 @@ def test_close_may_be_called_at_any_time(worker: GpuWorker) -> None:
     worker.close()
     worker.close()
     worker.expire()
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     worker.close()
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 def test_a_tensor_that_cannot_travel_leaves_the_connection_usable(worker: GpuWorker) -> None:
     with pytest.raises(CleaveError):
-        worker.call(RING, X.astype(np.float64), (3, 4))  # type: ignore[arg-type]
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+        ask(worker, RING, X.astype(np.float64), (3, 4))  # type: ignore[arg-type]
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
 
 
 @pytest.mark.parametrize("code", REFUSALS)
@@ -406,12 +423,12 @@ def test_a_refused_call_leaves_the_stream_as_it_is(server: Server, worker: GpuWo
 
 
 def test_a_stream_that_ended_between_two_calls_is_replaced_without_an_error(server: Server, worker: GpuWorker) -> None:
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     before = worker.stream
     server.stop()
     server.start()
     deadline = time.monotonic() + 10
     while worker.stream == before:
         assert time.monotonic() < deadline
-    assert (worker.call(RING, X, (3, 4)) == 2 * X).all()
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert server.streams == 2

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trusted_worker.sealed_pages import TAG_BYTES, PageStore, SealedPages
-from wire.errors import ExhaustedError, VerificationError
+from wire.errors import ExhaustedError, ParkedError
 
 CASES = settings(deadline=None, max_examples=100, derandomize=True)
 BOOT = bytes(range(32))
@@ -40,17 +41,17 @@ def _opened(pages: SealedPages, name: Name, size: int = WORDS) -> npt.NDArray[An
 def _rejected(pages: SealedPages, name: Name) -> None:
     """Opening fails, and leaves nothing in the caller's array."""
     out = np.full(WORDS, 0x5A5A5A5A, np.int32)
-    with pytest.raises(VerificationError):
+    with pytest.raises(ParkedError):
         pages.open(*name, out)
     assert not out.any()
 
 
 def _content(pages: SealedPages) -> bytes:
-    return os.pread(pages._file.fileno(), 1 << 20, 0)
+    return os.pread(pages._descriptor(), 1 << 20, 0)
 
 
 def _overwrite(pages: SealedPages, content: bytes, offset: int = 0) -> None:
-    os.pwrite(pages._file.fileno(), content, offset)
+    os.pwrite(pages._descriptor(), content, offset)
 
 
 @CASES
@@ -67,7 +68,7 @@ def test_every_page_comes_back_as_it_was_sealed_last(writes: list[tuple[int, Nam
             assert (_opened(sequences[number], name) == data).all()
     for number, pages in enumerate(sequences):
         sealed = sum(1 for other, _ in expected if other == number)
-        assert len(_content(pages)) == sealed * (4 * WORDS + TAG_BYTES)
+        assert len(_content(pages)) == pages.size == sealed * (4 * WORDS + TAG_BYTES)
         pages.free()
 
 
@@ -172,7 +173,7 @@ def test_an_older_version_is_noticed() -> None:
 def test_a_truncated_file_is_noticed(left: int) -> None:
     pages = PageStore(BOOT, None).sequence()
     pages.seal(0, 0, 0, _data(1))
-    os.ftruncate(pages._file.fileno(), left)
+    os.ftruncate(pages._descriptor(), left)
     _rejected(pages, (0, 0, 0))
 
 
@@ -180,10 +181,10 @@ def test_a_disk_that_cannot_be_read_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     pages = PageStore(BOOT, None).sequence()
     pages.seal(0, 0, 0, _data(1))
 
-    def broken(*_: Any) -> bytes:
+    def broken(*_: Any) -> int:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(os, "pread", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     _rejected(pages, (0, 0, 0))
 
 
@@ -197,13 +198,18 @@ def test_a_full_folder_costs_the_page_and_never_a_nonce(written: int | None, mon
             raise OSError(errno.ENOSPC, "full")
         return written
 
+    data = _data(2)
+    assert pages.holds(0, 0, 0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
         with pytest.raises(ExhaustedError, match="folder for parked pages"):
-            pages.seal(0, 0, 0, _data(2))
+            pages.seal(0, 0, 0, data)
     assert pages._slots[0, 0, 0].version == 2
+    assert not pages.holds(0, 0, 0)
+    assert (data == _data(2)).all()
     _rejected(pages, (0, 0, 0))
     pages.seal(0, 0, 0, _data(3))
+    assert pages.holds(0, 0, 0)
     assert (_opened(pages, (0, 0, 0)) == _data(3)).all()
 
 
@@ -262,9 +268,11 @@ def test_pages_of_another_boot_are_noticed() -> None:
 def test_a_freed_sequence_has_no_file_key_or_pages() -> None:
     pages = PageStore(BOOT, None).sequence()
     pages.seal(0, 0, 0, _data(1))
+    file = pages._file
     pages.free()
     pages.free()
-    assert (pages._file.closed, pages._key) == (True, b"")
+    assert file is not None
+    assert (file.closed, pages._key, pages.size, pages.holds(0, 0, 0)) == (True, b"", 0, False)
     with pytest.raises(KeyError):
         _opened(pages, (0, 0, 0))
     with pytest.raises(ValueError, match="key"):
@@ -276,8 +284,8 @@ def test_the_file_has_no_name_and_shows_no_content(tmp_path: Path) -> None:
     data = _data(1)
     for layer in range(3):
         pages.seal(0, layer, 0, data)
-    assert os.fstat(pages._file.fileno()).st_nlink == 0
-    assert os.fstat(pages._file.fileno()).st_dev == tmp_path.stat().st_dev
+    assert os.fstat(pages._descriptor()).st_nlink == 0
+    assert os.fstat(pages._descriptor()).st_dev == tmp_path.stat().st_dev
     assert list(tmp_path.iterdir()) == []
     plain, content = data.tobytes(), _content(pages)
     assert all(plain[start : start + 4] not in content for start in range(len(plain) - 3))
@@ -286,3 +294,36 @@ def test_the_file_has_no_name_and_shows_no_content(tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_files_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         PageStore(BOOT, str(tmp_path / "nowhere"))
+
+
+def test_a_sequence_that_parks_nothing_has_no_file(tmp_path: Path) -> None:
+    pages = PageStore(BOOT, str(tmp_path)).sequence()
+    assert (pages._file, pages.size, pages.holds(0, 0, 0)) == (None, 0, False)
+    pages.free()
+    assert pages._file is None
+
+
+def test_a_folder_that_went_away_takes_no_pages(tmp_path: Path) -> None:
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    store = PageStore(BOOT, str(folder))
+    before, after, data = store.sequence(), store.sequence(), _data(1)
+    before.seal(0, 0, 0, data)
+    folder.rmdir()
+    assert (_opened(before, (0, 0, 0)) == data).all()  # the file lives as long as it is open
+    with pytest.raises(ExhaustedError, match="folder for parked pages"):
+        after.seal(0, 0, 0, data)
+    assert not after.holds(0, 0, 0)
+
+
+def test_what_is_opened_lies_nowhere_else() -> None:
+    pages, data = PageStore(BOOT, None).sequence(), np.arange(1 << 18, dtype=np.int32)
+    pages.seal(0, 0, 0, data)
+    out = np.empty_like(data)
+    tracemalloc.start()
+    try:
+        pages.open(0, 0, 0, out)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 14  # of 1 MiB
+    finally:
+        tracemalloc.stop()
+    assert (out == data).all()

@@ -300,3 +300,32 @@ def test_scratch_of_an_odd_size_never_promises_more_than_it_has(size: int) -> No
     rounded = -(-size // ALIGNMENT) * ALIGNMENT
     with scratch.frame(), suppress(BudgetExceeded):
         assert scratch.empty((rounded,), np.uint8).size == rounded
+
+
+def test_a_million_mixed_allocations_leave_no_trace_of_fragmentation() -> None:
+    """What long-lived sessions do to an arena: sizes over four orders of magnitude, freed in any order.
+
+    Whenever everything but a few blocks is free again, the arena gives what a fresh one with these blocks would give;
+    and at the end it is one gap.
+    """
+    choose, memory = random.Random(7), SecureMemory(1 << 20)
+    blocks: list[Block] = []
+    allocations = 0
+    while allocations < 1_000_000:
+        most = choose.choice((8, 64, 256))
+        while len(blocks) < most:
+            size = 1 << choose.randrange(5, 17)
+            with suppress(BudgetExceeded):
+                blocks.append(memory.allocate("mixed", (choose.randrange(1, size),), np.uint8))
+            allocations += 1
+        choose.shuffle(blocks)
+        while len(blocks) > most // 8:
+            blocks.pop().free()
+        assert memory.largest_free() >= (memory.budget - memory.used) // (len(blocks) + 1)
+        if choose.random() < 0.001:
+            _check(memory, blocks)
+    for block in blocks:
+        block.free()
+    assert memory.largest_free() == memory.budget
+    assert memory.used == 0
+    assert memory.by_owner() == {}

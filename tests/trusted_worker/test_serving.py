@@ -1,6 +1,7 @@
 """The trusted worker as a service: health, reflection, metrics, settings from file and environment, draining."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -165,6 +166,28 @@ def test_a_stream_that_says_nothing_is_ended_at_its_deadline(model_folder: Calla
         release.set()
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "must begin" in (caught.value.details() or "")
+
+
+def test_a_worker_serves_within_the_limit_of_its_process(model_folder: Callable[[str], Path]) -> None:
+    with trusted_worker(model_folder("llama"), "--tee-profile", "optee") as (process, address):
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        group = Path(f"/proc/{process.pid}/cgroup").read_text()
+        unlimited = re.search(r"^Max data size +unlimited", limits, re.MULTILINE)
+        assert not unlimited or f"/cleave-{process.pid}" in group
+        with connect(address, Policy()) as worker:
+            session = worker.open(Request("llama", "tee-only", "int8"))
+            assert len(list(session.turn([1, 2, 3], Pacing(max_new_tokens=5)))) == 5
+            assert worker.counters().memory_budget == 14 << 20
+            session.close()
+
+
+def test_a_process_limit_that_would_end_it_is_refused_at_once(model_folder: Callable[[str], Path]) -> None:
+    words = ["--model", str(model_folder("llama")), "--scheme", "tee-only", "--process-memory", "64MiB"]
+    command = [sys.executable, "-m", "trusted_worker", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert re.search(r"--process-memory is too small: .* at least \d+MiB$", done.stderr.strip())
+    assert done.stdout == ""
 
 
 def test_settings_are_printed_and_read_back(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

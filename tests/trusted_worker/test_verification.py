@@ -9,27 +9,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trusted_worker import traced
 from trusted_worker.arithmetic import I32, X_LIMIT, Y_LIMIT
-from trusted_worker.secure_memory import SecureMemory
+from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.verification import (
+    BLOCK,
     C_BITS,
     C_LIMBS,
-    INPUT_LIMIT,
-    OUTPUT_BLOCK,
     PRIME,
     S_BITS,
     S_LIMBS,
+    SIZE_LIMIT,
+    TABLE_LIMIT,
     Verifier,
+    check_scratch_bytes,
     combine,
-    limbs,
+    dots,
+    powers,
+    prepare_scratch_bytes,
+    store,
 )
 from wire.errors import PreconditionError
 from wire.linears import Linear, LinearSpec
 
 CASES = settings(deadline=None, max_examples=100, derandomize=True)
 EDGES = [0, 1, 2, PRIME // 2 - 1, PRIME // 2, PRIME // 2 + 1, PRIME - 2, PRIME - 1, 2**31, 2**32 - 1, 2**32]
-FORMS = [(S_BITS, S_LIMBS), (C_BITS, C_LIMBS)]
 K, N, M = 48, 70, 3
+scratch = Scratch(SecureMemory(24 << 20), 23 << 20)  # a frame of its own for every use
 
 residues = st.one_of(st.sampled_from(EDGES), st.integers(0, PRIME - 1))
 
@@ -51,7 +57,7 @@ class Product:
         """c, from tiles of uneven sizes."""
         cuts = [0, len(self.weights) // 3, len(self.weights) // 3 + 1, len(self.weights)]
         tiles = [(a, self.weights[a:b]) for a, b in pairwise(cuts)]
-        self.verifier.prepare(self.spec, tiles)
+        self.verifier.prepare(self.spec, tiles, scratch)
 
     def exact(self, x: I32) -> npt.NDArray[np.int64]:
         """The right answer, in int64."""
@@ -59,7 +65,28 @@ class Product:
 
     def accepts(self, y: npt.NDArray[Any]) -> bool:
         """The verdict on an answer, reduced to the ring as an answer of the worker is."""
-        return self.verifier.accepts(self.spec, self.x, (y.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32).view("<i4"))
+        return self.verifier.accepts(self.spec, self.x, _words(y), scratch)
+
+
+def _words(y: npt.NDArray[Any]) -> I32:
+    words: I32 = (y.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32).view("<i4")
+    return words
+
+
+def _secret(verifier: Verifier, outputs: int) -> list[int]:
+    """s, as integers."""
+    found: list[int] = []
+    with scratch.frame():
+        for start, digits in verifier._secret(0, outputs, scratch):
+            assert start == len(found)
+            wide = digits.astype(object)
+            found += [sum(int(digit) << (S_BITS * i) for i, digit in enumerate(column)) for column in wide.T]
+    return found
+
+
+def _residues(digits: npt.NDArray[Any]) -> list[int]:
+    """What limbs of c stand for."""
+    return [sum(int(v) << (C_BITS * i) for i, v in enumerate(column)) % PRIME for column in digits.astype(object).T]
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +94,51 @@ def product() -> Product:
     return Product()
 
 
-@pytest.mark.parametrize(("bits", "count"), FORMS)
+@given(
+    st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=S_LIMBS, max_size=S_LIMBS), min_size=1, max_size=30)
+)
+@CASES
+def test_stored_residues_are_balanced_digits_of_the_sums(columns: list[list[int]]) -> None:
+    digits = np.empty((C_LIMBS, len(columns)), np.int16)
+    store(np.array(columns, np.int64).T, digits)
+    assert np.abs(digits.astype(np.int64)).max() <= 1 << (C_BITS - 1)
+    assert _residues(digits) == [sum(v << (S_BITS * i) for i, v in enumerate(column)) % PRIME for column in columns]
+
+
 @given(st.lists(residues, min_size=1, max_size=30))
 @CASES
-def test_limbs_are_balanced_digits_of_the_value(bits: int, count: int, values: list[int]) -> None:
-    digits = limbs(values, bits, count)
-    assert digits.shape == (count, len(values))
-    assert np.abs(digits.astype(np.int64)).max() <= 1 << (bits - 1)
-    for column, value in enumerate(values):
-        weighted = sum(int(digits[i, column]) << (bits * i) for i in range(count))
-        assert weighted % PRIME == value
+def test_every_residue_can_be_stored(values: list[int]) -> None:
+    sums = np.zeros((S_LIMBS, len(values)), np.int64)
+    sums[0] = values
+    digits = np.empty((C_LIMBS, len(values)), np.int16)
+    store(sums, digits)
+    assert _residues(digits) == values
 
 
-@pytest.mark.parametrize(("bits", "count"), FORMS)
+@pytest.mark.parametrize(("bits", "count"), [(S_BITS, S_LIMBS), (C_BITS, C_LIMBS)])
 @given(st.data())
 @CASES
 def test_combine_is_the_weighted_sum_modulo_the_prime(bits: int, count: int, data: st.DataObject) -> None:
-    exact = st.one_of(st.sampled_from([0, 2**53 - 1, -(2**53) + 1, PRIME, -PRIME]), st.integers(-(2**53), 2**53))
+    exact = st.one_of(st.sampled_from([0, 2**63 - 1, -(2**63), PRIME, -PRIME]), st.integers(-(2**63), 2**63 - 1))
     columns = data.draw(st.lists(st.lists(exact, min_size=count, max_size=count), min_size=1, max_size=5))
-    sums = np.array(columns, np.float64).T
-    expected = [sum(v << (bits * i) for i, v in enumerate(column)) % PRIME for column in columns]
-    assert combine(sums, bits) == expected
+    weights, sign = powers(bits, count), data.draw(st.sampled_from([1, -1]))
+    expected = [sum(sign * v << (bits * i) for i, v in enumerate(column)) % PRIME for column in columns]
+    assert combine(np.array(columns, np.int64).T, sign * weights).tolist() == expected
+
+
+@given(st.integers(0, 5), st.sampled_from([1, 9, 2 * BLOCK + 3]), st.booleans(), st.integers(0, 1000))
+@settings(CASES, max_examples=25)
+def test_dots_are_exact_at_the_edge_of_their_operands(m: int, width: int, checks: bool, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    if checks:
+        digits, limit = random.choice(np.array([-(1 << 11), 1 << 11], np.int16), (C_LIMBS, width)), X_LIMIT - 1
+    else:
+        digits, limit = random.choice(np.array([255, 254], np.uint8), (S_LIMBS, width)), 2**31 - 1
+    values = random.choice(np.array([-limit, limit], np.int32), (m, width))
+    sums = np.zeros((len(digits), m), np.int64)
+    with scratch.frame():
+        dots(((at, digits[:, at : at + BLOCK]) for at in range(0, width, BLOCK)), values, sums, scratch)
+    assert sums.tolist() == (digits.astype(np.int64).astype(object) @ values.astype(np.int64).astype(object).T).tolist()
 
 
 def test_the_modulus_is_a_prime_above_the_ring() -> None:
@@ -104,7 +155,7 @@ def test_right_rows_are_accepted(seed: int) -> None:
 def test_zero_rows_and_no_rows_are_accepted(product: Product) -> None:
     for rows in (0, 2):
         x = np.zeros((rows, K), np.int32)
-        assert product.verifier.accepts(product.spec, x, np.zeros((rows, N), np.int32))
+        assert product.verifier.accepts(product.spec, x, np.zeros((rows, N), np.int32), scratch)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -120,7 +171,7 @@ def test_right_rows_at_the_edge_of_the_ring_are_accepted(sign: int) -> None:
     assert one.accepts(y)
 
 
-@pytest.mark.parametrize("n", [OUTPUT_BLOCK - 1, OUTPUT_BLOCK, OUTPUT_BLOCK + 1, 2 * OUTPUT_BLOCK + 5])
+@pytest.mark.parametrize("n", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
 def test_outputs_of_several_blocks(n: int) -> None:
     one = Product(n=n, k=8, m=2)
     assert one.accepts(one.y)
@@ -132,7 +183,7 @@ def test_outputs_of_several_blocks(n: int) -> None:
 
 def test_the_longest_inputs_stay_exact() -> None:
     """k = 2^17 inputs at full width: a rounded partial sum would refuse this right row."""
-    k = INPUT_LIMIT
+    k = 1 << 17
     one = Product(k=k, n=2, m=1)
     one.weights[0, 0::2], one.weights[0, 1::2] = 127, -127
     one.weights[1] = 0
@@ -144,8 +195,9 @@ def test_the_longest_inputs_stay_exact() -> None:
 
 
 def test_inputs_beyond_what_stays_exact_are_refused() -> None:
-    with pytest.raises(PreconditionError, match=str(INPUT_LIMIT)):
-        Product(k=INPUT_LIMIT + 1, n=1, m=1)
+    for k, n in ((SIZE_LIMIT + 1, 1), (1, SIZE_LIMIT + 1)):
+        with pytest.raises(PreconditionError, match=str(SIZE_LIMIT)):
+            Verifier(SecureMemory(1 << 20), [LinearSpec(0, Linear.QKV, k, n)])
 
 
 def test_every_single_bit_counts(product: Product) -> None:
@@ -234,7 +286,7 @@ def test_a_zero_answer_and_a_negated_answer_are_rejected(product: Product) -> No
 @given(st.integers(0, 1 << 60))
 @settings(CASES, max_examples=300)
 def test_errors_of_an_adversary_without_the_secret_are_rejected(product: Product, seed: int) -> None:
-    """P(accept) = 1/P for each: 300 trials all fail, but for a chance of 7e-8."""
+    """Each passes with a chance of 2^-32 at most: 300 trials all fail, but for a chance of 7e-8."""
     random = np.random.default_rng(seed)
     wrong = product.y.copy()
     dense = random.integers(0, 2)
@@ -254,29 +306,157 @@ def test_one_bad_row_among_many_right_ones_is_rejected() -> None:
 
 
 def test_the_secret_is_fresh_and_c_follows_it() -> None:
-    one = Product()
-    first = one.verifier._s.array.copy()
+    one = Product(n=BLOCK + 2)
+    first = _secret(one.verifier, BLOCK + 2)
     one.verifier.draw()
-    assert (one.verifier._s.array != first).any()
+    second = _secret(one.verifier, BLOCK + 2)
+    assert all(first[place] != second[place] for place in (0, 1, BLOCK, BLOCK + 1))  # of both blocks
     assert not one.accepts(one.y)  # c is still that of the old s: nothing passes
     one.prepare()
     assert one.accepts(one.y)
 
 
-def test_c_is_the_secret_times_the_weights() -> None:
-    one = Product(n=5, k=4)
-    digits = one.verifier._s.array.astype(object)
-    s = [sum(int(digits[i, j]) << (S_BITS * i) for i in range(S_LIMBS)) % PRIME for j in range(5)]
-    parts = one.verifier._c[one.spec].array.astype(object)
-    c = [sum(int(parts[i, j]) << (C_BITS * i) for i in range(C_LIMBS)) % PRIME for j in range(4)]
-    weights = one.weights.astype(object)
-    assert c == [sum(s[row] * int(weights[row, column]) for row in range(5)) % PRIME for column in range(4)]
+@pytest.mark.parametrize("n", [5, 2 * BLOCK + 5])
+def test_c_is_the_secret_times_the_weights(n: int) -> None:
+    one = Product(n=n, k=4)
+    s, weights = _secret(one.verifier, n), one.weights.astype(object)
+    c = _residues(one.verifier._c[one.spec].array)
+    assert c == [sum(s[row] * int(weights[row, column]) for row in range(n)) % PRIME for column in range(4)]
 
 
-def test_the_secret_is_uniform_enough() -> None:
-    """Each limb pattern of s stands for one residue; their mean and spread are those of a uniform residue."""
-    verifier = Verifier(SecureMemory(1 << 20), [LinearSpec(0, Linear.O, 1, 20_000)])
-    digits = verifier._s.array.astype(np.int64)
-    values = sum(digits[i] << (S_BITS * i) for i in range(S_LIMBS)) / PRIME
-    assert abs(float(np.mean(values))) < 0.012  # 6 sigma
-    assert abs(float(np.var(values)) - 1 / 12) < 0.004
+def test_all_linears_share_one_secret_whatever_part_is_asked() -> None:
+    verifier = Product(n=3 * BLOCK).verifier
+    s = _secret(verifier, 3 * BLOCK)
+    assert _secret(verifier, 10) == s[:10]
+    with scratch.frame():
+        parts = [(start, part.copy()) for start, part in verifier._secret(BLOCK - 3, 2 * BLOCK + 5, scratch)]
+    assert [(start, part.shape[1]) for start, part in parts] == [(BLOCK - 3, 3), (BLOCK, BLOCK), (2 * BLOCK, 5)]
+    found = np.concatenate([part for _, part in parts], axis=1).astype(np.int64)
+    assert (found * powers(S_BITS, S_LIMBS)).sum(axis=0).tolist() == s[BLOCK - 3 : 2 * BLOCK + 5]
+
+
+def test_no_two_outputs_share_a_word_and_no_byte_is_preferred() -> None:
+    """s is a key stream: words are distinct but for chance, in and across blocks, and bytes are uniform."""
+    s = np.array(_secret(Product(n=5 * BLOCK, k=1).verifier, 5 * BLOCK))
+    assert len(np.unique(s)) > len(s) - 5  # 0.2 equal pairs are expected
+    assert s.min() >= 0
+    assert s.max() < 2**32
+    for limb in range(S_LIMBS):
+        counts = np.bincount(s >> (S_BITS * limb) & 255, minlength=256)
+        assert ((counts - 160) ** 2 / 160).sum() < 400  # 255 degrees of freedom: one in a hundred million is above
+
+
+def test_the_state_is_small() -> None:
+    """Three limbs for every input, and one block of s, whatever the outputs."""
+    memory = SecureMemory(1 << 20)
+    Verifier(memory, [LinearSpec(0, Linear.LM_HEAD, 896, 151_936), LinearSpec(0, Linear.QKV, 896, 1152)])
+    assert memory.used == 2 * 2 * C_LIMBS * 896 + S_LIMBS * BLOCK
+
+
+class Lookup:
+    """A table with a verifier, and right rows of it to start from."""
+
+    def __init__(self, vocabulary: int = 90, hidden: int = 40) -> None:
+        self.random = np.random.default_rng(0)
+        self.table = self.random.integers(-127, 128, (vocabulary, hidden)).astype(np.int8)
+        spec = LinearSpec(0, Linear.O, 2, hidden)
+        self.verifier = Verifier(SecureMemory(1 << 20), [spec], vocabulary)
+        self.prepare()
+        self.ids = self.random.integers(0, vocabulary, 5).astype(np.int32)
+        self.y = self.table[self.ids].astype(np.int64)
+
+    def prepare(self) -> None:
+        """c', from tiles of uneven sizes."""
+        cuts = [0, 1, len(self.table) // 2, len(self.table)]
+        self.verifier.prepare_lookup([(a, self.table[a:b]) for a, b in pairwise(cuts)], scratch)
+
+    def accepts(self, y: npt.NDArray[Any]) -> bool:
+        """See Product."""
+        return self.verifier.accepts_lookup(self.ids, _words(y), scratch)
+
+
+def test_right_rows_of_the_table_are_accepted() -> None:
+    one = Lookup()
+    assert one.accepts(one.y)
+    assert one.verifier.accepts_lookup(one.ids[:0], np.empty((0, 40), np.int32), scratch)
+    one.verifier.draw()
+    assert not one.accepts(one.y)
+    one.prepare()
+    assert one.accepts(one.y)
+
+
+def test_wide_tables_of_long_vocabularies() -> None:
+    one = Lookup(vocabulary=5, hidden=BLOCK + 100)
+    assert one.accepts(one.y)
+    one.y[0, BLOCK + 3] ^= 1
+    assert not one.accepts(one.y)
+
+
+def test_a_residue_is_that_of_its_row() -> None:
+    one = Lookup(hidden=6)
+    s, table = _secret(one.verifier, 6), one.table.astype(object)
+    assert _residues(one.verifier._table) == [
+        sum(a * int(b) for a, b in zip(s, row, strict=True)) % PRIME for row in table
+    ]
+
+
+def test_every_bit_and_another_row_are_rejected() -> None:
+    one = Lookup()
+    for bit in range(32):
+        wrong = one.y.copy()
+        wrong[4, 7] ^= 1 << bit
+        assert not one.accepts(wrong)
+    assert not one.accepts(one.y[[1, 0, 2, 3, 4]])
+    assert not one.accepts(one.table[(one.ids + 1) % 90].astype(np.int64))
+    assert not one.accepts(np.zeros_like(one.y))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_right_row_beyond_the_range_of_a_table_is_rejected(sign: int) -> None:
+    """Our own bug: a table that is not int8 in [-127, 127]. The linear check holds, the range check must not."""
+    one = Lookup()
+    one.table[...] = sign * TABLE_LIMIT
+    one.prepare()
+    assert one.accepts(one.table[one.ids].astype(np.int64))
+    one.table[...] = -128
+    one.prepare()
+    assert not one.accepts(one.table[one.ids].astype(np.int64))
+
+
+@pytest.mark.parametrize("n", [70, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("m", [1, 7, 64])
+def test_checks_take_no_more_scratch_than_they_say(m: int, n: int) -> None:
+    one, size = Product(n=n, k=50, m=m), check_scratch_bytes(m, n)
+    exact = Scratch(SecureMemory(size + (1 << 13)), size)
+    assert one.verifier.accepts(one.spec, one.x, one.y.astype(np.int32), exact)
+    table = Lookup(hidden=n)
+    rows = np.resize(table.ids, m)
+    assert table.verifier.accepts_lookup(rows, table.table[rows].astype(np.int32), exact)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(70, 50), (BLOCK + 1, 3), (3, BLOCK + 1), (300, 900)])
+def test_preparations_take_no_more_scratch_than_they_say(rows: int, columns: int) -> None:
+    size = prepare_scratch_bytes(rows, columns)
+    exact = Scratch(SecureMemory(size + (1 << 13)), size)
+    weights = np.ones((rows, columns), np.int8)
+    spec = LinearSpec(0, Linear.QKV, columns, rows)
+    Verifier(SecureMemory(1 << 20), [spec]).prepare(spec, [(0, weights)], exact)
+    spec = LinearSpec(0, Linear.O, 1, columns)
+    Verifier(SecureMemory(1 << 20), [spec], rows).prepare_lookup([(0, weights)], exact)
+
+
+def test_large_shapes_keep_their_temporaries_in_the_scratch() -> None:
+    wide, long = LinearSpec(0, Linear.LM_HEAD, 896, 151_936), LinearSpec(0, Linear.DOWN, 11_008, 896)
+    verifier = Verifier(SecureMemory(4 << 20), [wide, long], 151_936)
+    rows, tile = np.zeros((8, 151_936), np.int32), np.ones((23, 11_008), np.int8)
+    table = np.ones((292, 896), np.int8)
+
+    def run() -> None:
+        with scratch.frame():
+            verifier.accepts(wide, rows[:, :896], rows, scratch)
+            verifier.accepts(long, rows[:, :11_008], rows[:, :896], scratch)
+            verifier.accepts_lookup(rows[:, 0], rows[:, :896], scratch)
+            verifier.prepare(long, [(0, tile)], scratch)
+            verifier.prepare_lookup([(151_600, table)], scratch)
+
+    assert traced.peak(run) < 256 << 10

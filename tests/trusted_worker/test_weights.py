@@ -1,167 +1,188 @@
-"""Weights inside: resident or streamed, the same numbers; a disk that changes its mind is caught."""
+"""Weights inside: resident or parked, the same numbers; a disk that changes its mind is caught."""
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.simulators.workers import read_weight
-from trusted_worker.secure_memory import SecureMemory
+from trusted_worker.opener import Opener
+from trusted_worker.parked_tiles import DigestedTiles, TileStore
+from trusted_worker.sealed_pages import PageStore
+from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Tile, Weights
 from wire.checkpoint import Checkpoint
-from wire.errors import CheckpointError, VerificationError
+from wire.errors import CheckpointError, ExhaustedError, ParkedError
 from wire.linears import Linear, LinearSpec
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, parameters, read, weight_name
+from wire.layout import Layout
 from wire.quantize import quantize_rows
 
 Folder = Callable[[str], Path]
-RESIDENT, STREAMED = 8 << 20, 128 << 10
-NAMES = ["llama", "llama-bf16-tied-sharded", "qwen2", "qwen2-f16-tied"]
+RESIDENT, PARKED = Layout("resident", "resident", "resident"), Layout("scan", "parked", "parked")
+NAMES = ["llama", "llama-bf16-tied-sharded", "qwen2", "qwen2-f16-tied", "gpt2-tied"]
+STORES: dict[str, Callable[[], TileStore]] = {
+    "digested": lambda: DigestedTiles(None),
+    "sealed": lambda: PageStore(os.urandom(32), None).sequence(),
+}
 
 
-def _weights(folder: Path, budget: int, int8: bool = True) -> Weights:
-    weights = Weights(Checkpoint(folder), ModelConfig.from_hf(folder), SecureMemory(budget), int8)
-    weights.load_linears()
-    return weights
+class Shelf:
+    """Weights with a store and a scratch of their own."""
+
+    def __init__(
+        self, folder: Path, layout: Layout, int8: bool = True, store: str = "digested", budget: int = 8 << 20
+    ) -> None:
+        self.store, self.memory = STORES[store](), SecureMemory(budget)
+        self.config = ModelConfig.from_hf(folder)
+        self.weights = Weights(Checkpoint(folder), self.config, self.memory, int8, layout, self.store, Opener())
+        self.scratch = Scratch(self.memory, 1 << 20)
+
+    def whole(self, spec: LinearSpec) -> Tile:
+        """All tiles, which must follow each other without a gap."""
+        found, end = [], 0
+        with self.weights.tiles(spec, self.scratch) as tiles:
+            for first, tile in tiles:
+                assert first == end
+                end += len(tile)
+                found.append(np.array(tile))
+        assert end == spec.n
+        return np.concatenate(found)
+
+    def embed(self, ids: list[int]) -> Any:
+        """Rows of the embedding table."""
+        out = np.empty((len(ids), self.config.hidden), np.float32)
+        self.weights.embed(np.array(ids, np.int32), out, self.scratch)
+        return out
 
 
-def _whole(weights: Weights, spec: LinearSpec) -> Tile:
-    """All tiles, which must follow each other without a gap."""
-    tiles, end = [], 0
-    for first, tile in weights.tiles(spec):
-        assert first == end
-        end += len(tile)
-        tiles.append(np.array(tile))
-    assert end == spec.n
-    return np.concatenate(tiles)
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles for each matrix, which begin within its tensors and end beyond them."""
+    monkeypatch.setattr("wire.layout.TILE_ELEMENTS", 3000)
+    monkeypatch.setattr("trusted_worker.weights.PIECE_ELEMENTS", 1700)
 
 
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("int8", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_streamed_and_resident_weights_are_the_same_numbers(
-    model_folder: Folder, name: str, int8: bool, monkeypatch: pytest.MonkeyPatch
+def test_parked_and_resident_weights_are_the_same_numbers(
+    model_folder: Folder, name: str, int8: bool, store: str
 ) -> None:
-    monkeypatch.setattr("trusted_worker.weights.TILE_ELEMENTS", 3000)  # several tiles for each linear
     folder = model_folder(name)
     checkpoint = Checkpoint(folder)
-    resident = _weights(folder, RESIDENT, int8)
-    streamed = _weights(folder, STREAMED if int8 else 3 * STREAMED, int8)
-    assert len(resident._resident) == len(resident.specs)
-    assert len(streamed._resident) == (1 if streamed.config.tied else 0)  # a tied head is the resident embedding
-    for spec in resident.specs:
-        assert list(resident.specs) == list(streamed.specs)
+    resident, parked = Shelf(folder, RESIDENT, int8), Shelf(folder, PARKED, int8, store)
+    assert resident.store.size == 0 < parked.store.size
+    for spec in resident.weights.specs:
         weight = read_weight(checkpoint, resident.config, spec)
         expected = quantize_rows(weight) if int8 else (weight, None)
-        for one in (resident, streamed):
-            whole = _whole(one, spec)
+        for one in (resident, parked):
+            whole = one.whole(spec)
             assert whole.dtype == (np.int8 if int8 else np.float32)
             assert (whole == expected[0]).all()
             if int8:
-                assert (one.scale[spec] == expected[1]).all()
+                assert (one.weights.scale(spec) == expected[1]).all()
                 squares = (expected[0].astype(np.int64) ** 2).sum(axis=1)
-                assert one.row_square(spec) == squares.max()
+                assert one.weights.bound(spec).row_square == squares.max()
             bias = parameters(one.config).get(Name(Kind.LINEAR, spec.layer, spec.linear, bias=True))
-            kept = one.bias[spec]
+            kept = one.weights.bias[spec]
             assert (kept is None) == (bias is None)
             assert kept is None or bias is None or (kept == read(checkpoint, bias)[:, 0]).all()
 
 
-def test_streamed_tiles_can_be_read_again_and_leave_the_budget_alone(model_folder: Folder) -> None:
-    weights = _weights(model_folder("llama"), STREAMED)
-    used = weights._memory.used
-    spec = weights.specs[0]
-    assert (_whole(weights, spec) == _whole(weights, spec)).all()
-    assert weights._memory.used == used <= STREAMED
+def test_parked_tiles_can_be_read_again_and_leave_the_budget_alone(model_folder: Folder) -> None:
+    shelf = Shelf(model_folder("llama"), PARKED)
+    used, spec = shelf.memory.used, shelf.weights.specs[0]
+    assert (shelf.whole(spec) == shelf.whole(spec)).all()
+    assert shelf.memory.used == used
+    assert "weights" not in shelf.memory.by_owner()
+    assert "loading" not in shelf.memory.by_owner()
 
 
+@pytest.mark.parametrize("embed", ["resident", "scan", "read"])
 @pytest.mark.parametrize("int8", [True, False])
-def test_embedding_rows_are_those_of_the_table(model_folder: Folder, int8: bool) -> None:
-    folder = model_folder("qwen2")
-    weights = _weights(folder, RESIDENT, int8)
-    config = weights.config
-    table = read(Checkpoint(folder), parameters(config)[Name(Kind.EMBEDDING)])
-    ids = np.array([0, 5, 5, config.vocabulary - 1], np.int32)
-    out = np.empty((4, config.hidden), np.float32)
-    weights.embed(ids, out)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-f16-tied"])
+def test_embedding_rows_are_those_of_the_table(model_folder: Folder, name: str, int8: bool, embed: str) -> None:
+    folder = model_folder(name)
+    table = {"resident": "resident", "scan": "parked", "read": "absent"}[embed]
+    shelf = Shelf(folder, Layout(embed, table, "parked" if table != "absent" else "absent"), int8)
+    expected = read(Checkpoint(folder), parameters(shelf.config)[Name(Kind.EMBEDDING)])
+    ids = [0, 5, 5, shelf.config.vocabulary - 1]
     if int8:
-        step = np.abs(table[ids]).max(axis=1, keepdims=True) / 127
-        assert np.all(np.abs(out - table[ids]) <= 0.5001 * step)
-    else:
-        assert (out == table[ids]).all()
+        quantized, scale = quantize_rows(expected)
+        expected = quantized.astype(np.float32) * scale[:, None]
+    assert (shelf.embed(ids) == expected[ids]).all()
+
+
+def test_what_a_scan_reads_does_not_depend_on_the_tokens(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(model_folder("qwen2"), PARKED)
+    reads: list[list[tuple[int, int]]] = []
+    preadv = os.preadv
+
+    def spy(file: int, buffers: Any, offset: int) -> int:
+        reads[-1].append((offset, sum(len(one) for one in buffers)))
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", spy)
+    for ids in ([0], [299], [7] * 40, list(range(64))):
+        reads.append([])
+        shelf.embed(ids)
+    assert len(reads[0]) == -(-shelf.config.vocabulary // (3000 // shelf.config.hidden // 4 * 4))
+    assert all(one == reads[0] for one in reads)
+    assert shelf.weights.table_scans == 4
 
 
 def test_a_budget_that_is_too_small_is_refused_in_bytes(model_folder: Folder) -> None:
-    from wire.errors import ExhaustedError
-
     with pytest.raises(ExhaustedError, match="bytes"):
-        _weights(model_folder("llama"), 8192)
+        Shelf(model_folder("llama"), RESIDENT, budget=8192)
 
 
-def _changed(folder: Path, spec: LinearSpec, change: Callable[[Path, int], None]) -> None:
-    """Change the file under the open descriptor, at the first weight of the linear's second part."""
-    file = folder / "model.safetensors"
-    config = ModelConfig.from_hf(folder)
-    tensor = parameters(config)[weight_name(config, spec)].tensors[-1][0]
-    info = Checkpoint(folder).info(tensor)
-    change(file, info.offset)
+def _overwrite(data: bytes) -> Callable[[int], None]:
+    return lambda file: void(os.pwrite(file, data, 40))
 
 
-def _overwrite(data: bytes) -> Callable[[Path, int], None]:
-    def change(file: Path, offset: int) -> None:
-        with file.open("r+b") as opened:
-            opened.seek(offset)
-            opened.write(data)
-
-    return change
+def void(_: int) -> None:
+    """Nothing."""
 
 
-def _truncate(file: Path, offset: int) -> None:
-    with file.open("r+b") as opened:
-        opened.truncate(offset)
-
-
-CHANGES: dict[str, Callable[[Path, int], None]] = {
-    "another number": _overwrite(np.array([3.5], np.float32).tobytes()),
-    "a row of zeros": _overwrite(bytes(4 * 64)),
-    "not a number": _overwrite(np.array([np.nan], np.float32).tobytes()),
-    "infinity": _overwrite(np.array([np.inf], np.float32).tobytes()),
-    "a shorter file": _truncate,
+CHANGES: dict[str, Callable[[int], None]] = {
+    "a bit": lambda file: void(os.pwrite(file, bytes([os.pread(file, 1, 40)[0] ^ 1]), 40)),
+    "zeros": lambda file: void(os.pwrite(file, bytes(4096), 0)),
+    "a shorter file": lambda file: os.ftruncate(file, 64),
+    "an empty file": lambda file: os.ftruncate(file, 0),
+    "no file": os.close,
 }
 
 
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_disk_that_changes_its_mind_is_caught_with_one_and_the_same_error(
-    model_folder: Folder, tmp_path: Path, change: str
+    model_folder: Folder, change: str, store: str
 ) -> None:
-    folder = tmp_path / "llama"
-    shutil.copytree(model_folder("llama"), folder)
-    weights = _weights(folder, STREAMED)
-    spec = next(spec for spec in weights.specs if spec.linear is Linear.GATE_UP)
-    before = _whole(weights, spec)
-    _changed(folder, spec, CHANGES[change])
-    with pytest.raises(VerificationError):
-        _whole(weights, spec)
-    assert len(before) == spec.n
+    shelf = Shelf(model_folder("llama"), PARKED, store=store)
+    file: Any = shelf.store._file  # type: ignore[attr-defined]
+    spec = next(spec for spec in shelf.weights.specs if spec.linear is Linear.QKV)
+    last = shelf.weights.specs[-1]
+    assert len(shelf.whole(spec)) == spec.n
+    if change == "no file":
+        file.close()
+    else:
+        CHANGES[change](file.fileno())
+    damaged = last if "file" in change else _first(shelf)
+    with pytest.raises(ParkedError):
+        shelf.whole(damaged)
+    with shelf.scratch.frame():
+        assert len(shelf.scratch.empty((shelf.scratch._block.size,), np.uint8))  # all of it is free again
 
 
-def test_a_disk_that_changes_does_not_reach_resident_weights(model_folder: Folder, tmp_path: Path) -> None:
-    folder = tmp_path / "llama"
-    shutil.copytree(model_folder("llama"), folder)
-    weights = _weights(folder, RESIDENT)
-    spec = weights.specs[2]
-    before = _whole(weights, spec)
-    _changed(folder, spec, _truncate)
-    assert (_whole(weights, spec) == before).all()
-
-
-def test_a_checkpoint_of_another_shape_is_refused(model_folder: Folder) -> None:
-    from dataclasses import replace
-
-    folder = model_folder("llama")
-    config = replace(ModelConfig.from_hf(folder), ffn=100)
-    weights = Weights(Checkpoint(folder), replace(config, mlp_bias=False), SecureMemory(RESIDENT), int8=True)
-    with pytest.raises(CheckpointError, match="shape"):
-        weights.load_linears()
+def _first(shelf: Shelf) -> LinearSpec:
+    """The linear that holds the first tile of the file."""
+    places = shelf.weights.layout.places(shelf.config)
+    first = next(iter(places))
+    return next(spec for spec in shelf.weights.specs[::-1] if weight_name(shelf.config, spec) == first)

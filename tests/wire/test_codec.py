@@ -79,6 +79,56 @@ def test_the_assembled_array_is_owned_and_writable() -> None:
     assert source[0] == 0
 
 
+@given(arrays)
+@CASES
+def test_a_tensor_fills_the_array_that_was_given(array: Array) -> None:
+    memory = np.full((array.size + 2,), -7, array.dtype)
+    into = memory[1:-1].reshape(array.shape)
+    assembler = Assembler(header_of(array), into)
+    for frame in split(array):
+        assembler.add(frame)
+    assert into.tobytes() == array.tobytes()
+    assert np.shares_memory(assembler.array(), into) or not array.size
+    assert memory[0] == memory[-1] == -7
+
+
+@pytest.mark.parametrize(
+    "into",
+    [
+        np.empty((3, 2), np.int32),
+        np.empty(6, np.int32),
+        np.empty((1, 2, 3), np.int32),
+        np.empty((2, 4), np.int32),
+        np.empty((2, 3), np.float32),
+        np.empty((2, 3), np.uint32),
+        np.empty((2, 3), ">i4"),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_was_not_asked_for_is_refused(into: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="not asked for"):
+        Assembler(_header(INT32, 2, 3), into)
+
+
+def test_a_large_tensor_is_copied_straight_into_its_array() -> None:
+    array, into = np.ones((3, 400_000), np.int32), np.empty((3, 400_000), np.int32)
+    frames = list(split(array))
+    tracemalloc.start()
+    try:
+        assembler = Assembler(header_of(array), into)
+        for frame in frames:
+            assembler.add(frame)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 14
+    finally:
+        tracemalloc.stop()
+    assert (into == array).all()
+
+
+def test_an_array_with_gaps_cannot_be_filled() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        Assembler(_header(INT32, 2, 3), np.empty((2, 4), np.int32)[:, :3])
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint32, np.int8, np.bool_, ">f4", ">i4", np.float16])
 def test_other_dtypes_do_not_travel(dtype: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="float32 and int32"):

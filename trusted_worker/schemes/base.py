@@ -2,10 +2,12 @@
 
 from typing import Protocol
 
-from trusted_worker.arithmetic import F32, I32, Bound
-from trusted_worker.kv_cache import Cache, KVCache
-from trusted_worker.model import Batch, Decoder
-from trusted_worker.secure_memory import Scratch, SecureMemory
+import numpy as np
+
+from trusted_worker.arithmetic import F32, F64, I32, exact_product
+from trusted_worker.kv_cache import Cache, KVCache, PagePool
+from trusted_worker.model import Accept, Batch, Decoder
+from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire import codec
 from wire.linears import LinearSpec
@@ -20,8 +22,11 @@ class Worker(Protocol):
         """Which stream is open: another number means that what the old one held is gone."""
         ...
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, shape: tuple[int, ...] | None) -> codec.Array:
-        """One exchange; the answer has `shape`, and is hostile until verified."""
+    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+        """One exchange. The answer fills `into`, C-contiguous; None for an operation that answers without a tensor.
+
+        It has the dtype and shape of `into`, and is hostile until verified. After an error `into` holds junk.
+        """
         ...
 
     def close(self) -> None:
@@ -36,10 +41,11 @@ class Scheme(Protocol):
         """Reserve a sequence's cache. Raises ExhaustedError before anything starts."""
         ...
 
-    def forward(self, batch: Batch) -> F32:
-        """Logits float32[len(logit_rows), vocabulary] for the batch, whose rows with pads-to-be come first.
+    def forward(self, batch: Batch, accept: Accept) -> None:
+        """One pass over the batch, whose rows with pads-to-be come first.
 
-        Raises VerificationError when anything that the GPU worker returned fails its check.
+        Once the caches have grown, `accept` gets the logits of each row that wants them, in order. Raises
+        VerificationError when anything that the GPU worker returned fails its check.
         """
         ...
 
@@ -57,23 +63,39 @@ class Scheme(Protocol):
 
 
 class InsideDecoder:
-    """What split, tee-only and secure-infer share: the decoder runs here, and only `product` differs."""
+    """What split, tee-only and secure-infer share: the decoder runs here, and only `embed` and `product` differ."""
 
-    def __init__(self, weights: Weights, memory: SecureMemory, scratch: Scratch) -> None:
-        self._weights, self._memory, self._scratch = weights, memory, scratch
-        self._decoder = Decoder(weights, scratch)
+    def __init__(self, weights: Weights, pages: PagePool, scratch: Scratch, head_rows: int) -> None:
+        self._weights, self._pages, self._scratch = weights, pages, scratch
+        self._decoder = Decoder(weights, scratch, head_rows)
+
+    def embed(self, batch: Batch, out: F32) -> None:
+        """Embeddings of the batch's tokens. See model.Embed."""
+        if batch.embeddings:
+            for row, embedding in enumerate(batch.embeddings):
+                out[row] = np.frombuffer(embedding, "<f4")
+        else:
+            self._weights.embed(batch.ids, out, self._scratch)
 
     def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
         """One linear for some rows of the batch. See model.Product."""
         raise NotImplementedError
 
-    def open(self, tokens: int) -> KVCache:
-        """A cache in the arena."""
-        return KVCache(self._memory, self._weights.config, tokens)
+    def exact(self, spec: LinearSpec, x_q: I32, y_q: I32) -> None:
+        """x_q . W_q^T modulo 2^32, computed here: int32[m, k] into y_q int32[m, n]."""
+        with self._scratch.frame():
+            x: F64 = self._scratch.empty(x_q.shape, np.float64)
+            np.copyto(x, x_q)
+            with self._weights.tiles(spec, self._scratch) as tiles:
+                exact_product(x, tiles, y_q, self._scratch)
 
-    def forward(self, batch: Batch) -> F32:
+    def open(self, tokens: int) -> KVCache:
+        """A cache in the arena, and outside, sealed, when the arena is full."""
+        return self._pages.open(tokens)
+
+    def forward(self, batch: Batch, accept: Accept) -> None:
         """See Scheme."""
-        return self._decoder.forward(batch, self.product)
+        self._decoder.forward(batch, self.embed, self.product, accept)
 
     def idle(self) -> bool:
         """Nothing to prepare."""
@@ -82,9 +104,17 @@ class InsideDecoder:
     def distrust(self) -> None:
         """There is no secret that the worker could have learnt something about."""
 
-    def bounds(self) -> dict[LinearSpec, Bound]:
-        """What step 1 needs to know of each linear. One pass over the weights."""
-        return {spec: Bound(spec.k, self._weights.row_square(spec)) for spec in self._weights.specs}
+    def counters(self) -> dict[str, int]:
+        """See Scheme."""
+        weights, pages = self._weights, self._pages
+        return {
+            "tiles_read": weights.tiles_read,
+            "table_scans": weights.table_scans,
+            "kv_pages_capacity": pages.slots,
+            "kv_pages_used": pages.used,
+            "spill_bytes": pages.spilled + weights.parked_bytes,
+            **pages.counts,
+        }
 
 
 def ring_matmul(spec: LinearSpec) -> pb.Operation:

@@ -33,7 +33,7 @@ from itertools import count
 import numpy as np
 
 from trusted_worker.arithmetic import F32
-from trusted_worker.model import Batch, HeadTransform, Run
+from trusted_worker.model import Accept, Batch, HeadTransform, Run
 from trusted_worker.permutation import Indices, Table, columns, draw, gather, scatter
 from trusted_worker.remote_cache import sequence_rows
 from trusted_worker.schemes.base import Worker
@@ -117,35 +117,38 @@ class KvShield:
         self._caches = [one for one in self._caches if not one.freed] + [cache]
         return cache
 
-    def forward(self, batch: Batch) -> F32:
-        """See base.Scheme."""
+    def forward(self, batch: Batch, accept: Accept) -> None:
+        """See base.Scheme. The logits lie in ordinary memory: the worker has them anyway."""
         config, scratch = self._config, self._scratch
         runs = [(run, _shielded(run)) for run in batch.runs]
         for _, cache in runs:
             if self._options.rotate_every and cache.since >= self._options.rotate_every:
                 cache.renew(keep_keys=self._v_only)
+        logits: F32 = np.empty((len(batch.logit_rows), config.vocabulary), np.float32)
         with scratch.frame():
             mixed: F32 = scratch.empty((len(batch.ids), config.q_width), np.float32)
             heads: F32 = scratch.empty((2, len(batch.ids), config.q_width + config.kv_width), np.float32)
+            attention: F32 = heads.reshape(-1)[: mixed.size].reshape(mixed.shape)  # heads[0] is free by then
             tensor: codec.Array = batch.ids
             steps = [pb.Step(embed=pb.Embed(sequences=sequence_rows(batch)))]
             for layer in range(config.layers):
                 steps.append(pb.Step(project_qkv=pb.ProjectQkv(layer=layer)))
                 if self._crosses:
-                    crossed = self._chain(steps, tensor, heads.shape[1:])  # (1)
-                    self._turn(layer, crossed, heads, batch, runs)  # (2)
+                    self._chain(steps, tensor, heads[1])  # (1)
+                    self._turn(layer, heads, batch, runs)  # (2)
                     steps, tensor = [], heads[1]
                 steps.append(pb.Step(attend=pb.Attend(layer=layer)))
-                attention = self._chain(steps, tensor, mixed.shape)  # (3), and (1) without a crossing
+                self._chain(steps, tensor, attention)  # (3), and (1) without a crossing
                 for run, cache in runs:  # (4)
                     nu = columns(cache.tables[layer, 1], config.heads)
                     scatter(attention[run.start : run.stop], nu, mixed[run.start : run.stop])
                 steps, tensor = [pb.Step(finish_block=pb.FinishBlock(layer=layer))], mixed  # (5)
             steps.append(pb.Step(head=pb.Head(logit_rows=[int(row) for row in batch.logit_rows])))
-            logits = self._chain(steps, tensor, (len(batch.logit_rows), config.vocabulary))
+            self._chain(steps, tensor, logits)
         for run in batch.runs:
             run.cache.commit(run.stop - run.start)
-        return logits
+        for index, row in enumerate(logits):
+            accept(index, row)
 
     def idle(self) -> bool:
         """With --seal-idle: park one page of a sequence that rests."""
@@ -165,10 +168,10 @@ class KvShield:
         """See base.Scheme."""
         return dict(self._counts)
 
-    def _turn(self, layer: int, crossed: F32, heads: F32, batch: Batch, runs: list[tuple[Run, ShieldedCache]]) -> None:
-        """Step 2: q beside k under pi in, normed and rotated under each sequence's sigma out, in heads[1]."""
+    def _turn(self, layer: int, heads: F32, batch: Batch, runs: list[tuple[Run, ShieldedCache]]) -> None:
+        """Step 2, in heads[1]: q beside k under pi in, normed and rotated under each sequence's sigma out."""
         plain, turned = heads
-        scatter(crossed, self._q_beside_k(self._pi[layer, 0]), plain)
+        scatter(turned, self._q_beside_k(self._pi[layer, 0]), plain)
         self._transform.apply(layer, plain.reshape(len(plain), -1, self._config.head_dim), batch.positions)
         for run, cache in runs:
             rows = slice(run.start, run.stop)
@@ -178,9 +181,8 @@ class KvShield:
         config = self._config
         return np.concatenate([columns(table, config.heads), config.q_width + columns(table, config.kv_heads)])
 
-    def _chain(self, steps: list[pb.Step], tensor: codec.Array, shape: tuple[int, ...]) -> F32:
-        answer: F32 = self._worker.call(pb.Operation(chain=pb.Chain(steps=steps)), tensor, shape)  # type: ignore[assignment]
-        return answer
+    def _chain(self, steps: list[pb.Step], tensor: codec.Array, into: F32) -> None:
+        self._worker.call(pb.Operation(chain=pb.Chain(steps=steps)), tensor, into)
 
     def _provision_heads(self, parameter: Parameter) -> None:
         """The rows of each head in the order of its permutation; a tile is one head."""
@@ -221,9 +223,10 @@ class KvShield:
 
 
 def scratch_bytes(config: ModelConfig, kv_type: KvType, rows: int) -> int:
-    """What a step over `rows` rows asks of its scratch, or one head at the start, or one page that comes back."""
+    """What a step over `rows` rows asks of its scratch, one head at the start, a page that comes back, or a sampler."""
     step = rows * 4 * (3 * config.q_width + 2 * config.kv_width)
-    return max(step, 4 * config.head_dim * config.hidden, 4 * page_words(config, kv_type)) + (1 << 12)
+    others = 4 * config.head_dim * config.hidden, 4 * page_words(config, kv_type), 8 * config.vocabulary
+    return max(step, *others) + (1 << 12)
 
 
 def _shielded(run: Run) -> ShieldedCache:

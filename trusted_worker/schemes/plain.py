@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 
 from trusted_worker.arithmetic import F32
-from trusted_worker.model import Batch
+from trusted_worker.model import Accept, Batch
 from trusted_worker.remote_cache import RemoteCache, sequence_rows
 from trusted_worker.schemes.base import Worker
 from wire.kv_pages import KvType
@@ -27,14 +27,16 @@ class Plain:
         """A cache on the GPU worker."""
         return RemoteCache(self._worker, next(self._sequences), tokens, self._kv_type)
 
-    def forward(self, batch: Batch) -> F32:
-        """See base.Scheme."""
+    def forward(self, batch: Batch, accept: Accept) -> None:
+        """See base.Scheme. The logits lie in ordinary memory: the worker has them anyway."""
         rows = [int(row) for row in batch.logit_rows]
         forward = pb.Forward(sequences=sequence_rows(batch), logit_rows=rows)
-        logits = self._worker.call(pb.Operation(forward=forward), batch.ids, (len(rows), self._config.vocabulary))
+        logits: F32 = np.empty((len(rows), self._config.vocabulary), np.float32)
+        self._worker.call(pb.Operation(forward=forward), batch.ids, logits)
         for run in batch.runs:
             run.cache.commit(run.stop - run.start)
-        return logits.astype(np.float32, copy=False)
+        for index, row in enumerate(logits):
+            accept(index, row)
 
     def idle(self) -> bool:
         """Nothing to prepare."""

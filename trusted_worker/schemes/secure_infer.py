@@ -14,11 +14,15 @@ Steps, by the numbers that the documents use too; m rows, k inputs, n outputs:
  1. Quantise: x_q = round(x / s_x), one s_x per row, as fine as the ring allows; no product reaches 2^30.
  2. Mask:     z = x_q + r mod 2^32, r fresh for each row and linear, spent here whatever happens next.
  3. Worker:   y' = z . W_q^T mod 2^32.
- 4. Recover:  y_q = y' - u as signed int32, u = r . W_q^T from the bank, overwritten by the result.
+ 4. Recover:  y_q = y' - u as signed int32, u = r . W_q^T from the bank, a segment at a time.
  5. Verify:   s . y_q = c . x_q mod P and |y_q| < 2^30, row by row, one verdict, before any use.
  6. Dequantise: y = y_q * s_x * s_w (+ bias).
 When the bank is dry, or for prefill rows when pads are worth more for decode, the product is computed inside: the
 same integers, no exchange.
+
+Where the embedding table does not fit the budget, a row with a pad takes its embedding through the same steps: z is a
+one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no memory access and no
+word on the wire depends on the token. The other rows share one scan of the whole table, each tile checked (weights.py).
 """
 
 from typing import Literal
@@ -27,14 +31,17 @@ import numpy as np
 
 from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32
-from trusted_worker.model import Batch
-from trusted_worker.pads import Bank, Pad, PadSource, Refill
+from trusted_worker.kv_cache import PagePool
+from trusted_worker.model import Accept, Batch
+from trusted_worker.pads import Pad, Pads
 from trusted_worker.schemes.base import InsideDecoder, Worker, ring_matmul
-from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.secure_memory import Scratch
 from trusted_worker.verification import Verifier
 from trusted_worker.weights import Weights
 from wire.errors import VerificationError
-from wire.linears import LinearSpec
+from wire.linears import LinearSpec, lookup_spec
+from wire.scratch import LOOKUP_BYTES
+from wire.v1 import gpu_worker_pb2 as pb
 
 Prefill = Literal["auto", "inside", "worker"]
 
@@ -45,29 +52,29 @@ class SecureInfer(InsideDecoder):
     def __init__(
         self,
         weights: Weights,
-        memory: SecureMemory,
+        pages: PagePool,
         scratch: Scratch,
+        head_rows: int,
         worker: Worker,
-        source: PadSource,
-        bank: Bank,
+        pads: Pads,
+        verifier: Verifier,
         prefill: Prefill,
     ) -> None:
-        super().__init__(weights, memory, scratch)
-        self._worker, self._source, self._bank, self._prefill = worker, source, bank, prefill
-        weights.load_linears()
-        self._bounds = self.bounds()
-        self._verifier = Verifier(memory, weights.specs)
+        super().__init__(weights, pages, scratch, head_rows)
+        self._worker, self._source, self._bank, self._refill = worker, pads.source, pads.bank, pads.refill
+        self._verifier, self._prefill = verifier, prefill
+        self._table = lookup_spec(weights.config)
+        self._lookups = weights.layout.embed == "scan"
         self._prepare()
-        self._refill = Refill(source, bank, weights, memory)
         self._pads: list[Pad] = []
         self._issued = self._verified = self._failed = self._inside = 0
 
-    def forward(self, batch: Batch) -> F32:
+    def forward(self, batch: Batch, accept: Accept) -> None:
         """See base.Scheme. Pads go to the first rows of the batch; all of them are spent, also when this raises."""
         self._pads = self._take(batch)
         self._issued += len(self._pads)
         try:
-            return super().forward(batch)
+            super().forward(batch, accept)
         except VerificationError:
             self._failed += len(self._pads)
             raise
@@ -91,7 +98,7 @@ class SecureInfer(InsideDecoder):
 
     def counters(self) -> dict[str, int]:
         """See base.Scheme."""
-        return {
+        return super().counters() | {
             "pads_issued": self._issued,
             "pads_reused": self._source.reused,
             "pads_in_stock": self._bank.stock,
@@ -99,11 +106,16 @@ class SecureInfer(InsideDecoder):
             "products_verified": self._verified,
             "products_failed": self._failed,
             "products_inside": self._inside,
+            "spill_bytes": super().counters()["spill_bytes"] + self._bank.size,
         }
 
     def _prepare(self) -> None:
         for spec in self._weights.specs:
-            self._verifier.prepare(spec, self._weights.tiles(spec))
+            with self._weights.tiles(spec, self._scratch) as tiles:
+                self._verifier.prepare(spec, tiles, self._scratch)
+        if self._lookups:
+            with self._weights.table(self._scratch) as tiles:
+                self._verifier.prepare_lookup(tiles, self._scratch)
 
     def _take(self, batch: Batch) -> list[Pad]:
         """Pads for a prefix of the batch: every decode row, and as many prefill rows as the policy grants."""
@@ -117,33 +129,64 @@ class SecureInfer(InsideDecoder):
         taken = (self._bank.take() for _ in range(min(wanted, len(batch.ids))))
         return [pad for pad in taken if pad is not None]
 
+    def embed(self, batch: Batch, out: F32) -> None:
+        """See model.Embed."""
+        if batch.embeddings or not self._lookups:
+            super().embed(batch, out)
+            return
+        padded, together = len(self._pads), max(1, LOOKUP_BYTES // (4 * self._table.k))
+        for start in range(0, padded, together):
+            rows = slice(start, min(start + together, padded))
+            with self._scratch.frame():
+                self._lookup(batch.ids[rows], self._pads[rows], out[rows])
+        if padded < len(batch.ids):
+            self._weights.embed(batch.ids[padded:], out[padded:], self._scratch)
+
     def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
         """See model.Product."""
-        scratch = self._scratch
-        x_q, x_scale = arithmetic.quantize(x, self._bounds[spec], scratch)  # (1)
-        y_q: I32 = scratch.empty((len(x), spec.n), np.int32)
-        padded = int(np.searchsorted(rows, len(self._pads)))
-        if padded:
-            with scratch.frame():
+        scratch, weights = self._scratch, self._weights
+        y: F32 = scratch.empty((len(x), spec.n), np.float32)
+        with scratch.frame():
+            x_q, x_scale = arithmetic.quantize(x, weights.bound(spec), scratch)  # (1)
+            y_q: I32 = scratch.empty(y.shape, np.int32)
+            padded = int(np.searchsorted(rows, len(self._pads)))
+            if padded:
                 pads = [self._pads[row] for row in rows[:padded]]
                 self._outside(spec, x_q[:padded], pads, y_q[:padded])
-        if padded < len(x):
-            inside = x_q[padded:].astype(np.float64)
-            arithmetic.exact_product(inside, self._weights.tiles(spec), y_q[padded:])
-            self._inside += len(x) - padded
-        scale, bias = self._weights.scale[spec], self._weights.bias[spec]
-        return arithmetic.dequantize(y_q, x_scale, scale, bias, scratch)  # (6)
+            if padded < len(x):
+                self.exact(spec, x_q[padded:], y_q[padded:])
+                self._inside += len(x) - padded
+            arithmetic.dequantize(y_q, x_scale, weights.scale(spec), weights.bias[spec], y)  # (6)
+        return y
 
     def _outside(self, spec: LinearSpec, x_q: I32, pads: list[Pad], y_q: I32) -> None:
         """Steps 2 to 5 for rows that have a pad: y_q int32[m, n], verified."""
-        z: I32 = self._scratch.empty(x_q.shape, np.int32)
-        for row, pad in enumerate(pads):  # (2) r is overwritten by z
-            self._source.spend(spec, pad.index, z[row])
-        np.add(z, x_q, out=z)
-        masked = self._worker.call(ring_matmul(spec), z, y_q.shape)  # (3)
-        for row, pad in enumerate(pads):  # (4) u is overwritten by y_q; the answer was copied on arrival
-            pad.open(spec, y_q[row])
-        np.subtract(masked, y_q, out=y_q)
-        if not self._verifier.accepts(spec, x_q, y_q):  # (5)
+        with self._scratch.frame():
+            z: I32 = self._scratch.empty(x_q.shape, np.int32)
+            for row, pad in enumerate(pads):  # (2) r is overwritten by z
+                self._source.spend(spec, pad.index, z[row])
+            np.add(z, x_q, out=z)
+            self._exchange(ring_matmul(spec), spec, z, pads, y_q)
+        if not self._verifier.accepts(spec, x_q, y_q, self._scratch):  # (5)
             raise VerificationError
         self._verified += len(pads)
+
+    def _lookup(self, ids: I32, pads: list[Pad], out: F32) -> None:
+        """Steps 2 to 6 for rows of the embedding table. Step 1 is exact: a one-hot row is an integer row of scale 1."""
+        spec = self._table
+        z: I32 = self._scratch.empty((len(pads), spec.k), np.int32)
+        for row, pad in enumerate(pads):  # (2)
+            self._source.spend(spec, pad.index, z[row])
+        z[np.arange(len(ids)), ids] += np.int32(1)
+        y_q: I32 = self._scratch.empty((len(pads), spec.n), np.int32)
+        self._exchange(pb.Operation(ring_lookup=pb.RingLookup()), spec, z, pads, y_q)
+        if not self._verifier.accepts_lookup(ids, y_q, self._scratch):  # (5)
+            raise VerificationError
+        self._verified += len(pads)
+        np.multiply(y_q, self._weights.table_scale[ids][:, None], out=out, casting="unsafe", dtype=np.float32)  # (6)
+
+    def _exchange(self, operation: pb.Operation, spec: LinearSpec, z: I32, pads: list[Pad], y_q: I32) -> None:
+        """Steps 3 and 4."""
+        self._worker.call(operation, z, y_q)  # (3) the answer is copied once, into the arena
+        for row, pad in enumerate(pads):  # (4)
+            pad.remove(spec, y_q[row], self._scratch)

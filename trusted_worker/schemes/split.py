@@ -9,8 +9,9 @@ import numpy as np
 
 from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32
+from trusted_worker.kv_cache import PagePool
 from trusted_worker.schemes.base import InsideDecoder, Worker, matmul, ring_matmul
-from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire.linears import LinearSpec
 
@@ -18,27 +19,28 @@ from wire.linears import LinearSpec
 class Split(InsideDecoder):
     """Linears on the GPU worker in the clear, everything else here."""
 
-    def __init__(self, weights: Weights, memory: SecureMemory, scratch: Scratch, worker: Worker, int8: bool) -> None:
-        super().__init__(weights, memory, scratch)
+    def __init__(
+        self, weights: Weights, pages: PagePool, scratch: Scratch, head_rows: int, worker: Worker, int8: bool
+    ) -> None:
+        super().__init__(weights, pages, scratch, head_rows)
         self._worker = worker
-        if int8:
-            weights.load_linears()
-        self._bounds = self.bounds() if int8 else {}
+        self._multiply = self._int8 if int8 else self._float32
 
     def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
         """See model.Product."""
-        return self._int8(spec, x) if self._bounds else self._float32(spec, x)
+        y: F32 = self._scratch.empty((len(x), spec.n), np.float32)
+        with self._scratch.frame():
+            self._multiply(spec, x, y)
+        return y
 
-    def counters(self) -> dict[str, int]:
-        """See base.Scheme."""
-        return {}
-
-    def _float32(self, spec: LinearSpec, x: F32) -> F32:
-        y: F32 = self._worker.call(matmul(spec), x, (len(x), spec.n))  # type: ignore[assignment]  # dtype is checked
+    def _float32(self, spec: LinearSpec, x: F32, y: F32) -> None:
+        self._worker.call(matmul(spec), x, y)
         bias = self._weights.bias[spec]
-        return y if bias is None else np.add(y, bias, out=y)
+        if bias is not None:
+            y += bias
 
-    def _int8(self, spec: LinearSpec, x: F32) -> F32:
-        x_q, x_scale = arithmetic.quantize(x, self._bounds[spec], self._scratch)
-        y_q: I32 = self._worker.call(ring_matmul(spec), x_q, (len(x), spec.n))  # type: ignore[assignment]
-        return arithmetic.dequantize(y_q, x_scale, self._weights.scale[spec], self._weights.bias[spec], self._scratch)
+    def _int8(self, spec: LinearSpec, x: F32, y: F32) -> None:
+        x_q, x_scale = arithmetic.quantize(x, self._weights.bound(spec), self._scratch)
+        y_q: I32 = self._scratch.empty(y.shape, np.int32)
+        self._worker.call(ring_matmul(spec), x_q, y_q)
+        arithmetic.dequantize(y_q, x_scale, self._weights.scale(spec), self._weights.bias[spec], y)

@@ -1,0 +1,140 @@
+"""Puts together the scheme that the settings name, in the memory that it may use. Compute thread, while loading."""
+
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import cast
+
+from trusted_worker.config import Settings
+from trusted_worker.kv_cache import PagePool
+from trusted_worker.offload import GpuWorker
+from trusted_worker.opener import Opener
+from trusted_worker.pads import Bank, Pads, PadSource, Refill, row_bytes
+from trusted_worker.parked_tiles import DigestedTiles, TileStore
+from trusted_worker.schemes import kv_shield
+from trusted_worker.schemes.base import InsideDecoder, Scheme, Worker
+from trusted_worker.schemes.kv_shield import KvShield
+from trusted_worker.schemes.plain import Plain
+from trusted_worker.schemes.secure_infer import Prefill, SecureInfer
+from trusted_worker.schemes.split import Split
+from trusted_worker.schemes.tee_only import TeeOnly
+from trusted_worker.sealed_model import is_sealed, open_sealed, read_key
+from trusted_worker.sealed_pages import PageStore
+from trusted_worker.secure_memory import Scratch, SecureMemory
+from trusted_worker.verification import Verifier
+from trusted_worker.weights import Weights
+from wire.checkpoint import Checkpoint
+from wire.errors import CheckpointError, ExhaustedError, PreconditionError
+from wire.kv_pages import KvType
+from wire.layout import Demand
+from wire.linears import all_specs, lookup_spec
+from wire.model_config import ModelConfig
+from wire.plan import MAX_ROWS, Plan, plan
+from wire.scratch import sampling_bytes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A scheme, ready but for its first connection to the GPU worker."""
+
+    scheme: Scheme
+    scratch: Scratch  # of a step: samplers work in it too
+    rows: int  # that one step may have
+    embedding: str = ""  # where embeddings come from: see StatsResponse
+    weights_resident: bool = False
+
+
+def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
+    """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError."""
+    if settings.scheme == "kv-shield":
+        return _kv_shield(settings, config, memory, worker)
+    if settings.scheme != "tee-only" and is_sealed(settings.model):
+        raise PreconditionError(
+            f"{settings.model} is sealed, and {settings.scheme} needs a GPU worker that reads it from "
+            "its own disk: use --scheme kv-shield or tee-only"
+        )
+    if settings.scheme == "plain":
+        scratch = Scratch(memory, sampling_bytes(config.vocabulary))
+        return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS)
+    return _inside(settings, config, memory, worker)
+
+
+def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: Worker) -> Assembled:
+    """The schemes whose decoder runs here, as wire.plan divides the budget."""
+    int8, boot_key = settings.precision == "int8", secrets.token_bytes(32)
+    stock = settings.pad_bank // row_bytes([*all_specs(config), lookup_spec(config)])
+    client_embeds = settings.embed == "client"
+    demand = Demand(config, settings.scheme, settings.precision, _kv_type(settings), stock, client_embeds)
+    division = plan(demand, memory.budget)
+    log.info("memory plan: %s", division.parts)
+    checkpoint, opener, store = _checkpoint(settings, config), Opener(), PageStore(boot_key, settings.spill_dir)
+    tiles: TileStore = DigestedTiles(settings.spill_dir, settings.insecure_unchecked_tiles)
+    if settings.model_key_file is not None:
+        tiles = store.sequence()
+    weights = Weights(checkpoint, config, memory, int8, division.layout, tiles, opener)
+    scratch, head_rows = Scratch(memory, division.scratch), division.head_rows
+    pads = None
+    if demand.masks:
+        pads = _pads(settings, boot_key, checkpoint, weights, division, Scratch(memory, division.refill))
+        table = config.vocabulary if demand.looks_up(division.layout) else 0
+        verifier = Verifier(memory, weights.specs, table)
+    pages = PagePool(memory, config, demand.kv, division.slots, store, opener)
+    built: InsideDecoder
+    if pads is not None:
+        prefill = cast(Prefill, settings.prefill)
+        built = SecureInfer(weights, pages, scratch, head_rows, worker, pads, verifier, prefill)
+    elif demand.inside:
+        built = TeeOnly(weights, pages, scratch, head_rows, int8)
+    else:
+        built = Split(weights, pages, scratch, head_rows, worker, int8)
+    embedding = "lookup" if demand.looks_up(division.layout) else division.layout.embed
+    return Assembled(built, scratch, division.rows, embedding, division.layout.linears == "resident")
+
+
+def _pads(
+    settings: Settings, boot_key: bytes, checkpoint: Checkpoint, weights: Weights, division: Plan, scratch: Scratch
+) -> Pads:
+    specs = weights.specs + ([lookup_spec(weights.config)] if weights.layout.embed == "scan" else [])
+    source = PadSource(boot_key, checkpoint.digest())
+    bank = Bank(boot_key, specs, settings.pad_bank, settings.spill_dir)
+    return Pads(source, bank, Refill(source, bank, weights, specs, scratch, division.refill_rows))
+
+
+def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
+    kv_type = _kv_type(settings)
+    log.warning(
+        "kv-shield does not protect the conversation from the GPU worker, which sees every activation: it hides "
+        "the KV cache from somebody who reads nothing but the cache and does not know the model"
+    )
+    options = kv_shield.Options(
+        rope_on_worker=settings.rope == "worker",
+        kv_type=kv_type,
+        rotate_every=settings.rotate_every,
+        seal_idle=settings.seal_idle,
+        provision_all=settings.model_key_file is not None,
+    )
+    rows, least = MAX_ROWS, kv_shield.scratch_bytes(config, kv_type, 1)
+    while rows > 1 and kv_shield.scratch_bytes(config, kv_type, rows) > max(memory.budget // 4, least):
+        rows //= 2  # nothing is saved below the least
+    scratch = Scratch(memory, kv_shield.scratch_bytes(config, kv_type, rows))
+    pages = PageStore(secrets.token_bytes(32), settings.spill_dir)
+    scheme = KvShield(_checkpoint(settings, config), config, memory, scratch, worker, pages, options)
+    worker.greet = scheme.provision
+    return Assembled(scheme, scratch, rows)
+
+
+def _kv_type(settings: Settings) -> KvType:
+    return KvType[settings.kv_dtype.upper()]
+
+
+def _checkpoint(settings: Settings, config: ModelConfig) -> Checkpoint:
+    """The model's weights, opened here if they are sealed. Raises CheckpointError, PreconditionError."""
+    if settings.model_key_file is not None:
+        if not is_sealed(settings.model):
+            raise CheckpointError(f"{settings.model} is not sealed: leave --model-key-file out")
+        return open_sealed(settings.model, read_key(settings.model_key_file), config)
+    if is_sealed(settings.model):
+        raise CheckpointError(f"{settings.model} is sealed: say where its key is with --model-key-file FILE")
+    return Checkpoint(settings.model)

@@ -1,0 +1,134 @@
+"""How much scratch the trusted worker's arithmetic asks for, from sizes alone: upper bounds, a few percent above.
+
+m is a number of rows of activations; matrices are [rows, columns]. What is measured here is allocated in
+trusted_worker/{arithmetic,verification,sampling,attention,model,pads}.py; tests hold the two together.
+"""
+
+from wire.kv_pages import attention_bytes
+from wire.layout import WORD, Demand, Layout, tile_rows
+from wire.linears import Linear, LinearSpec, all_specs, lookup_spec, spec
+
+SLACK = 1 << 12  # for what alignment loses
+SEGMENT = 1 << 13  # outputs of a pad that are sealed together
+LOOKUP_BYTES = 1 << 20  # of one-hot rows that travel together
+# Exact products (arithmetic.py).
+EXACT_DEPTH = 1 << 15  # 2^31 * 127 * 2^15 < 2^53
+PIECE = 1 << 17  # weights that lie in float64 at a time: 1 MiB, what a second-level cache holds
+SUMS = 1 << 16  # sums that lie in float64 at a time
+PIECE_COLUMNS = 1056  # of a piece, beside more than FEW rows of activations
+FEW = 8
+# Verification (verification.py).
+SUM_LIMBS, CHECK_LIMBS = 4, 3  # digits of s and of c
+SUM_BLOCK = 1 << 13  # outputs, or inputs, that are summed in float64
+WORK = 1 << 15  # elements of y_q or x_q that lie in float64 at a time
+
+
+def piece(rows: int, columns: int, m: int) -> tuple[int, int]:
+    """The largest piece of a matrix in float64. Whole rows are copied fastest; wide ones multiplied slowest."""
+    width = min(columns, EXACT_DEPTH if m <= FEW else PIECE_COLUMNS)
+    return min(rows, EXACT_DEPTH, max(1, PIECE // width // 8 * 8)), width
+
+
+def exact_bytes(m: int, rows: int, columns: int) -> int:
+    """Of exact_product and exact_lookup."""
+    height, width = piece(rows, columns, m)
+    product, lookup = min(max(1, SUMS // max(m, 1)), rows), height + width
+    return 8 * (height * width + m * max(product, lookup))
+
+
+def check_bytes(m: int, widest: int) -> int:
+    """Of a verdict over m rows; `widest` is the largest k or n."""
+    width = min(widest, SUM_BLOCK)
+    kept = SUM_LIMBS * SUM_BLOCK if widest > SUM_BLOCK else 0
+    return kept + 8 * (SUM_LIMBS * width + max(min(WORK, m * width), width))
+
+
+def prepare_bytes(rows: int, columns: int) -> int:
+    """Of c, for tiles [rows, columns]."""
+    return SUM_LIMBS * (12 * max(rows, columns) + SUM_BLOCK) + exact_bytes(SUM_LIMBS, rows, columns)
+
+
+def sampling_bytes(vocabulary: int) -> int:
+    """Of choosing a token."""
+    return 8 * vocabulary + SLACK
+
+
+def step_bytes(demand: Demand, layout: Layout, rows: int, head_rows: int) -> int:
+    """Of one forward pass over `rows` rows, the logits of `head_rows` at a time; and of preparing verification."""
+    config, width = demand.config, WORD * rows * demand.config.hidden
+
+    def product(linear: Linear, m: int = rows) -> int:
+        return _product(demand, layout, spec(config, 0, linear), m)
+
+    norm = (1 + config.layer_norm) * width
+    queries = WORD * rows * (config.q_width + 2 * config.kv_width)
+    attention = WORD * rows * config.q_width + max(
+        norm + queries + max(product(Linear.QKV) - queries, attention_bytes(config, rows)), product(Linear.O)
+    )
+    up = WORD * rows * (2 if config.gated else 1) * config.ffn
+    feed_forward = norm + max(product(Linear.GATE_UP), up + WORD * rows * config.ffn + product(Linear.DOWN))
+    normed = (2 + config.layer_norm) * WORD * head_rows * config.hidden
+    logits = WORD * head_rows * config.vocabulary
+    head = normed + max(product(Linear.LM_HEAD, head_rows), logits + sampling_bytes(config.vocabulary))
+    passes = max(_embed(demand, layout, rows), attention, feed_forward, head)
+    return max(width + passes, _prepare(demand, layout)) + SLACK
+
+
+def refill_bytes(demand: Demand, layout: Layout, made: int) -> int:
+    """Of making `made` pads."""
+    if not made:
+        return 0
+    table = [_table_refill(demand, layout, made)] if demand.looks_up(layout) else []
+    return max([_refill(demand, layout, one, made) for one in all_specs(demand.config)] + table) + SLACK
+
+
+def _refill(demand: Demand, layout: Layout, of: LinearSpec, made: int) -> int:
+    outputs = min(SEGMENT, of.n)
+    own = 8 * made * of.k + WORD * of.k + WORD * made * outputs
+    return own + _tiles(demand, layout, of) + exact_bytes(made, outputs, of.k)
+
+
+def _table_refill(demand: Demand, layout: Layout, made: int) -> int:
+    hidden = demand.config.hidden
+    rows = tile_rows(hidden)
+    own = 2 * WORD * made * hidden + 8 * made * rows + WORD * rows
+    return own + 2 * demand.width * rows * hidden + exact_bytes(made, rows, hidden)
+
+
+def _product(demand: Demand, layout: Layout, of: LinearSpec, m: int) -> int:
+    """One linear for m rows, its result included."""
+    result = WORD * m * of.n
+    if not demand.int8:
+        return result + demand.inside * (_tiles(demand, layout, of) + WORD * m * tile_rows(of.k))
+    integers = WORD * m * (2 * of.k + of.n)
+    inside = 8 * m * of.k + _tiles(demand, layout, of) + exact_bytes(m, of.n, of.k) if demand.inside else 0
+    outside = max(WORD * (m * of.k + min(SEGMENT, of.n)), check_bytes(m, max(of.k, of.n))) if demand.masks else 0
+    return result + integers + max(inside, outside)
+
+
+def _tiles(demand: Demand, layout: Layout, of: LinearSpec) -> int:
+    """Two tiles of a linear, if it is parked."""
+    place = layout.table if of.linear is Linear.LM_HEAD and demand.config.tied else layout.linears
+    return 2 * demand.width * tile_rows(of.k) * of.k if place == "parked" else 0
+
+
+def _embed(demand: Demand, layout: Layout, rows: int) -> int:
+    config = demand.config
+    scan = 2 * demand.width * tile_rows(config.hidden) * config.hidden if layout.embed == "scan" else 0
+    if not demand.looks_up(layout):
+        return scan
+    of = lookup_spec(config)
+    together = min(rows, max(1, LOOKUP_BYTES // (WORD * of.k)))
+    words = WORD * (together * (of.k + of.n) + min(SEGMENT, of.n))
+    return max(scan, words + check_bytes(together, of.n))
+
+
+def _prepare(demand: Demand, layout: Layout) -> int:
+    """Of the verifier, tile by tile: as much as a step at least, for none is made meanwhile."""
+    if not demand.masks:
+        return 0
+    specs = all_specs(demand.config)
+    rows = [prepare_bytes(tile_rows(of.k), of.k) + _tiles(demand, layout, of) for of in specs]
+    hidden = demand.config.hidden
+    table = prepare_bytes(tile_rows(hidden), hidden) + 2 * demand.width * tile_rows(hidden) * hidden
+    return max([*rows, table * demand.looks_up(layout)])
