@@ -28,10 +28,12 @@ _NOTES = """
 Per decoded token: one row, logits wanted, the token itself counted in the context. A prompt row: its logits are not
 wanted; a pass over up to 64 rows makes as many exchanges as one row. Bytes are those of tensors: the envelope of a
 call, some dozens of bytes, comes on top. MACs are those of matrix products. secure-infer: with a pad in stock.
-Smallest memory: the trusted worker's --memory-budget for one session, computed as it allocates. numpy's temporaries,
-token ids and keys, some MiB, lie outside. A prompt goes through in passes of as few rows as a quarter of the budget
-holds. Weights are read from disk at each use until half of the budget holds them; then they stay, and a budget that is
-only a little larger than that may lack room for the session.
+Smallest memory: the least --memory-budget of the trusted worker, divided as it divides it; interpreter, libraries and
+numpy's temporaries lie outside. Where the decoder runs inside (secure-infer, split, tee-only) it has room for one row,
+one pad in the making and, in every layer, one page of 64 tokens, whatever the context: pages that do not fit are
+sealed, parked outside, and opened again for every token. More memory is more speed: linears stay inside when they fill
+at most half of the budget, the embedding table when it fills at most a quarter; else they are parked, and come back
+tile by tile at each use. What remains lets more rows of a prompt, more new pads and more pages in at once.
 """
 _LINK_NOTE = "The link's bound is 1 / (exchanges x round trip + bytes both ways / bandwidth): no computing is in it.\n"
 

@@ -149,7 +149,7 @@ class Turn:
             self.end("length")
         low = self._ended is None and self._granted - self._received <= self._pacing.credit // 2
         credit = self._due() if low else 0
-        if credit:
+        if credit or self._embed:
             self._send([], credit, embedded=[token_id])
 
     def _due(self) -> int:

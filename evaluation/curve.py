@@ -71,7 +71,7 @@ class Speed:
     pages_restored_per_token: float  # of KV caches, from outside the budget
     pads_in_stock: int  # when decoding began, at least
     seconds_per_pad: float | None  # CPU time of the trusted worker, in idle time; None where none was made
-    products_inside: int  # while decoding, for want of pads
+    products_inside: int  # while decoding: under tee-only all of them, under secure-infer those that lacked a pad
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Point:
     profiles: list[str]  # TEEs of exactly this size
     least: int
     error: str | None = None
-    weights: str = ""  # resident or streamed
+    weights: str = ""  # resident, streamed, or absent: under split the GPU worker alone has them
     embedding: str = ""  # see StatsResponse
     context_inside: int = 0  # that one session's KV cache holds without leaving the budget
     context_admitted: int = 0
@@ -151,7 +151,7 @@ def _measured(point: Point, layers: int, start: Start, trial: Trial) -> Point:
         admitted, seen = meters[0].admitted(), samples[0][-1].after
     return replace(
         point,
-        weights="resident" if seen.weights_resident else "streamed",
+        weights="absent" if point.scheme == "split" else "resident" if seen.weights_resident else "streamed",
         embedding=seen.embedding,
         context_inside=seen.kv_pages_capacity // layers * PAGE_TOKENS,
         context_admitted=admitted,

@@ -23,7 +23,7 @@ ROWS = (  # scheme, precision
 )
 SCHEMES = tuple(dict.fromkeys(scheme for scheme, _ in ROWS))
 INSIDE = ("tee-only", "split", "secure-infer")  # their decoder, and so their KV cache, lies in the memory budget
-_ONE_BUDGET: dict[str, Any] = {"memory_budget": None, "tee_profile": ""}
+_ONE_BUDGET: dict[str, Any] = {"memory_budget": None, "tee_profile": None}
 _MEASURING: dict[str, Any] = {
     "context": 32,
     "tokens": 64,
@@ -125,7 +125,8 @@ def _fill(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, value in ours.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if "tee_profile" in ours:
+    options.tee_profile = options.tee_profile or ""
+    if "memory_budget" in ours:
         try:
             profiles.budget(options.tee_profile, options.memory_budget, 0)
         except ValueError as error:

@@ -89,20 +89,22 @@ def division(demand: Demand, budget: int) -> Plan | None:
 
 
 def _inside(demand: Demand, load: Load, most: int) -> int:
-    tried = [(size, found) for size in _growing(most) if (found := division(demand, size))]
+    """The first budget with all weights inside; else the first with whole steps; else one that runs."""
     pages = load.batch * demand.config.layers * -(-load.capacity // PAGE_TOKENS)
-    whole = [(size, found) for size, found in tried if found.slots >= pages and _whole_steps(demand, found)]
-    best = [(size, found) for size, found in whole if _keeps_all(found)]
-    for size, _ in best or whole or tried:
-        return size
-    return max(LEAST_BYTES, sum(smallest(demand).values()))
+    whole, least = 0, max(LEAST_BYTES, sum(smallest(demand).values()))
+    for size in _growing(least, most):
+        found = division(demand, size)
+        if found is not None and found.slots >= pages and _whole_steps(demand, found):
+            whole = whole or size
+            if _keeps_all(found):
+                return size
+    return whole or least
 
 
-def _growing(most: int) -> Iterator[int]:
-    size = LEAST_BYTES
+def _growing(size: int, most: int) -> Iterator[int]:
     while size <= most:
         yield size
-        size = max(int(size * 2 ** (1 / FINENESS)) >> 20, (size >> 20) + 1) << 20  # whole MiB
+        size = int(size * 2 ** (1 / FINENESS)) >> 20 << 20
 
 
 def _keeps_all(found: Plan | None) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trusted_worker.secure_memory import ALIGNMENT, Scratch
+from trusted_worker.secure_memory import Scratch
 from wire.errors import InvalidArgumentError
+from wire.scratch import SUMS, piece
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -26,12 +27,7 @@ I32 = npt.NDArray[np.int32]
 U32 = npt.NDArray[np.uint32]
 
 X_LIMIT = 1 << 24  # |x_q| stays below: exact in float32
-EXACT_DEPTH = 1 << 15  # 2^31 * 127 * 2^15 < 2^53
 Y_LIMIT = 1 << 30  # |y_q| stays below: the ring never wraps
-PIECE = 1 << 17  # weights that lie in float64 at a time: 1 MiB, what a second-level cache holds
-SUMS = 1 << 16  # sums that lie in float64 at a time
-PIECE_COLUMNS = 1056  # of these, beside more than FEW rows of activations
-FEW = 8
 _ROTATED = 1 << 11  # pairs that are rotated at a time
 _MARGIN = 1.0 - 1e-6  # float32 rounding of x/s_x, before the integers are checked
 
@@ -184,20 +180,20 @@ def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, out: F32)
 def exact_product(x: F64, tiles: Iterable[tuple[int, I8]], out: I32, scratch: Scratch) -> None:
     """x . W_q^T modulo 2^32 for integers in float64[m, k], |x| <= 2^31: BLAS, exact as partial sums stay below 2^53.
 
-    Weights come as (first row, int8[rows, k]) tiles. Inputs beyond EXACT_DEPTH are summed in parts.
+    Weights come as (first row, int8[rows, k]) tiles. Inputs beyond scratch.EXACT_DEPTH are summed in parts.
     """
     m, k = x.shape
-    most, memory = max(1, SUMS // max(m, 1)), _memory(out.shape[1], k, m)
+    most, (height, width) = max(1, SUMS // max(m, 1)), piece(out.shape[1], k, m)
     with scratch.frame():
-        copy: F64 = scratch.empty(memory, np.float64)
+        copy: F64 = scratch.empty((height, width), np.float64)
         sums: F64 = scratch.empty((min(most, out.shape[1]), m), np.float64)
         for first, tile in _cut(tiles, most):
             exact, part = sums[: len(tile)], out[:, first : first + len(tile)]
             part[...] = 0
-            for left in range(0, k, memory[1]):
-                x_part = x[:, left : left + memory[1]].T
-                for top, piece in _pieces(tile[:, left : left + memory[1]], copy):
-                    np.matmul(piece, x_part, out=exact[top : top + len(piece)])
+            for left in range(0, k, width):
+                x_part = x[:, left : left + width].T
+                for top, weights in _float64(tile[:, left : left + width], copy):
+                    np.matmul(weights, x_part, out=exact[top : top + len(weights)])
                 _add(exact, part)
 
 
@@ -206,34 +202,20 @@ def exact_lookup(z: npt.NDArray[Any], tiles: Iterable[tuple[int, I8]], out: I32,
 
     The table comes as (first row, int8[rows, d]) tiles, in any order; rows that do not come count as zero.
     """
-    m, memory = len(z), _memory(z.shape[1], out.shape[1], len(z))
+    m, (height, width) = len(z), piece(z.shape[1], out.shape[1], len(z))
     out[...] = 0
     with scratch.frame():
-        copy: F64 = scratch.empty(memory, np.float64)
-        wide: F64 = scratch.empty((memory[0], m), np.float64)
-        sums: F64 = scratch.empty((memory[1], m), np.float64)
+        copy: F64 = scratch.empty((height, width), np.float64)
+        z_copy: F64 = scratch.empty((height, m), np.float64)
+        sums: F64 = scratch.empty((width, m), np.float64)
         for first, tile in tiles:
-            for left in range(0, out.shape[1], memory[1]):
-                part = out[:, left : left + memory[1]]
-                for top, piece in _pieces(tile[:, left : left + memory[1]], copy):
-                    z_part, start = wide[: len(piece)], first + top
-                    np.copyto(z_part, z[:, start : start + len(piece)].T)
-                    exact = sums[: part.shape[1]]
-                    np.matmul(piece.T, z_part, out=exact)
+            for left in range(0, out.shape[1], width):
+                part = out[:, left : left + width]
+                for top, rows in _float64(tile[:, left : left + width], copy):
+                    z_part, exact = z_copy[: len(rows)], sums[: part.shape[1]]
+                    np.copyto(z_part, z[:, first + top : first + top + len(rows)].T)
+                    np.matmul(rows.T, z_part, out=exact)
                     _add(exact, part)
-
-
-def exact_scratch_bytes(m: int, rows: int, columns: int) -> int:
-    """What the two ask of their scratch at most, for m rows of activations and weights [rows, columns]."""
-    height, width = _memory(rows, columns, m)
-    product, lookup = min(max(1, SUMS // max(m, 1)), rows), height + width
-    return 8 * (height * width + m * max(product, lookup)) + 3 * ALIGNMENT
-
-
-def _memory(rows: int, columns: int, m: int) -> tuple[int, int]:
-    """The largest piece of a matrix in float64. Whole rows are copied fastest; wide ones multiplied slowest."""
-    width = min(columns, EXACT_DEPTH if m <= FEW else PIECE_COLUMNS)
-    return min(rows, EXACT_DEPTH, max(1, PIECE // width // 8 * 8)), width
 
 
 def _cut(tiles: Iterable[tuple[int, I8]], most: int) -> Iterator[tuple[int, I8]]:
@@ -243,13 +225,13 @@ def _cut(tiles: Iterable[tuple[int, I8]], most: int) -> Iterator[tuple[int, I8]]
             yield first + start, tile[start : start + most]
 
 
-def _pieces(tile: I8, copy: F64) -> Iterator[tuple[int, F64]]:
-    """(first row, float64[rows, columns]) of a tile, one after the other in the same memory."""
+def _float64(tile: I8, copy: F64) -> Iterator[tuple[int, F64]]:
+    """(first row, float64[rows, columns]) of a tile, piece by piece, each in the memory of `copy`."""
     for top in range(0, len(tile), len(copy)):
         source = tile[top : top + len(copy)]
-        piece = copy[: len(source), : source.shape[1]]
-        np.copyto(piece, source)
-        yield top, piece
+        target = copy[: len(source), : source.shape[1]]
+        np.copyto(target, source)
+        yield top, target
 
 
 def _add(exact: F64, out: I32) -> None:

@@ -22,7 +22,7 @@ def attend(q: F32, cache: KVCache, layer: int, position: int, window: int, out: 
     """Attention of q float32[m, heads, d] into `out` of the same shape; row i stands at token position + i.
 
     It sees itself and the tokens before it, `window` of them in all unless that is 0. The cache holds position + m
-    tokens. Raises VerificationError when a parked page was changed.
+    tokens. Raises ParkedError when a parked page was changed.
     """
     rows, heads, dim = q.shape
     with scratch.frame():

@@ -216,7 +216,7 @@ class Engine(threading.Thread):
         except Exception as error:
             log.error("internal error in a step: %s", type(error).__name__)
             failure = PreconditionError("internal error; the session is closed")
-        for session in sessions:
+        for session in _blamed(sessions):
             session.fail(failure)
         self._tainted |= isinstance(failure, VerificationError) and not isinstance(failure, ParkedError)
         return None
@@ -231,3 +231,12 @@ class Engine(threading.Thread):
 
     def _reap(self) -> None:
         self._sessions = deque(session for session in self._sessions if not session.dead)
+
+
+def _blamed(sessions: list[Session]) -> list[Session]:
+    """Whom a failed step ends: those whose own pages were rejected, and the others try again; else all."""
+    failed = [session for session in sessions if session.cache.failed]
+    for session in sessions if failed else []:
+        if not session.cache.failed:
+            session.put_back()
+    return failed or sessions

@@ -11,7 +11,7 @@ is opened for which they are not left: no sequence ends because others need memo
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from functools import partial
 from heapq import heappop, heappush
@@ -24,8 +24,8 @@ from trusted_worker.kv_page import U8, PageLayout
 from trusted_worker.opener import Opener, Ready
 from trusted_worker.sealed_pages import PageStore, SealedPages
 from trusted_worker.secure_memory import Scratch, SecureMemory
-from wire.errors import ContextError, ExhaustedError, VerificationError
-from wire.kv_pages import PAGE_TOKENS, KvType, block_pages
+from wire.errors import ContextError, ExhaustedError
+from wire.kv_pages import PAGE_TOKENS, KvType, block_spans
 from wire.model_config import ModelConfig
 
 KV = 1  # the kind of these pages
@@ -139,7 +139,7 @@ class KVCache:
         self.config = pool.config
         self.capacity, self.length = tokens, 0
         self.resting = False
-        self.broken = False  # one of its parked pages was rejected
+        self.failed = False  # an error of `append` or `blocks` was about this sequence, not about others in its batch
         self.full: list[tuple[int, int]] = []  # (page, layer) of full pages that are in the arena: a heap
         self._slots: list[list[int]] = [[] for _ in range(pool.layers)]
 
@@ -182,13 +182,14 @@ class KVCache:
         """
         if len(k) > min(self._room, self.capacity - self.length):
             raise ValueError(f"the sequence has not woken for {len(k)} tokens")
-        done = 0
+        done, self.failed = 0, True
         while done < len(k):
             page, first = divmod(self.length + done, PAGE_TOKENS)
             end = min(done + _PIECE, done + PAGE_TOKENS - first, len(k))
             slot = self._slots[layer][page]
             self._pool.layout.write(self._pool.pages[slot : slot + 1], first, k[done:end], v[done:end])
             done = end
+        self.failed = False
 
     def blocks(
         self, layer: int, first: int, end: int, rows: int, scratch: Scratch
@@ -196,12 +197,10 @@ class KVCache:
         """Tokens `first` to `end`, whole pages at a time: where the pages begin, and the pages,
         float32[n, 2, kv_heads, PAGE_TOKENS, head_dim], keys before values, until the next is asked for.
 
-        While one block is used, parked pages of the next are opened, if `rows` make it last. Which pages form a block
-        depends on the model alone. Behind the last token there are finite numbers. Use it inside `contextlib.closing`,
-        within a frame.
-        Raises VerificationError for a page that was changed outside, and the sequence is `broken` then.
+        While one block is used, parked pages of the next are opened, if `rows` make it last. Behind the last token
+        there are finite numbers. Use it inside `contextlib.closing`, in a frame. Raises ParkedError for a changed page.
         """
-        spans = _spans(first, end, block_pages(self.config))
+        spans = block_spans(self.config, first, end)
         layout, most = self._pool.layout, max(map(len, spans))
         raw: U8 = scratch.empty((2, most, layout.size), np.uint8)
         floats: F32 = scratch.empty((0 if layout.kind is KvType.FLOAT32 else most, *layout.shape), np.float32)
@@ -209,7 +208,9 @@ class KVCache:
         jobs = (self._opening(layer, span, raw[turn % 2], ahead) for turn, span in enumerate(spans))
         with closing(self._pool.opener.ahead(jobs)) as opened:
             for turn, span in enumerate(spans):
-                self._await(opened)
+                self.failed = True
+                next(opened)
+                self.failed = False
                 pages = self._in_place(layer, span)
                 if pages is None:
                     pages = raw[turn % 2, : len(span)]
@@ -277,13 +278,6 @@ class KVCache:
         for page in parked:
             self._pages.open(KV, layer, page, raw[page - first])
 
-    def _await(self, opened: Iterator[None]) -> None:
-        try:
-            next(opened)
-        except VerificationError:
-            self.broken = True
-            raise
-
     def _in_place(self, layer: int, span: range) -> U8 | None:
         """A block whose pages lie in the arena at even distances, which is usual, without a copy."""
         slots = self._slots[layer][span.start : span.stop]
@@ -304,9 +298,3 @@ class KVCache:
                 pool.pages[slot] = target
                 slots[page] = slot
                 heappush(self.full, (page, layer))
-
-
-def _spans(first: int, end: int, block: int) -> list[range]:
-    """The pages of tokens `first` to `end`, cut at every multiple of `block`."""
-    start, stop = first // PAGE_TOKENS, -(-end // PAGE_TOKENS)
-    return [range(max(at, start), min(at + block, stop)) for at in range(start // block * block, stop, block)]

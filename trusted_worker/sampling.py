@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trusted_worker.arithmetic import F32, F64
-from trusted_worker.secure_memory import ALIGNMENT, Scratch
+from trusted_worker.secure_memory import Scratch
 from wire.errors import InvalidArgumentError
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -45,7 +45,7 @@ class Sampler:
         self._random = np.random.default_rng(settings.seed if settings.seeded else secrets.randbits(128))
 
     def choose(self, logits: F32, context: list[int], scratch: Scratch) -> Choice:
-        """One token for logits float32[vocabulary], given all tokens so far. See scratch_bytes."""
+        """One token for logits float32[vocabulary], given all tokens so far. See wire.scratch.sampling_bytes."""
         if not np.isfinite(logits.max()) or not np.isfinite(logits.min()):
             raise InvalidArgumentError("the model's logits are not finite")
         with scratch.frame():
@@ -134,11 +134,6 @@ def rank(scores: F64, count: int) -> Ranking:
         keys = keys[:count]
     keys.sort()
     return Ranking(keys, mask)
-
-
-def scratch_bytes(vocabulary: int) -> int:
-    """What `Sampler.choose` asks of its scratch."""
-    return 8 * vocabulary + ALIGNMENT
 
 
 def _mass(logits: F32) -> float:

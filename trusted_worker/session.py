@@ -55,6 +55,7 @@ class Session:
         self._emit: Emit | None = None
         self._tokens: list[int] = []
         self._pending: deque[int] = deque()
+        self._taken: tuple[list[int], list[bytes]] = [], []
         self._credit = 0
         self._in_turn = False
 
@@ -125,7 +126,14 @@ class Session:
         """The next `rows` tokens to compute, their embeddings, and whether the last one's logits are wanted."""
         ids = [self._pending.popleft() for _ in range(rows)]
         embeddings = [self._embeddings.popleft() for _ in range(rows if self._width else 0)]
+        self._taken = ids, embeddings
         return ids, embeddings, not self._pending
+
+    def put_back(self) -> None:
+        """What was taken last was not computed, for no fault of this session: it will be taken again."""
+        ids, embeddings = self._taken
+        self._pending.extendleft(reversed(ids))
+        self._embeddings.extendleft(reversed(embeddings))
 
     def accept(self, logits: F32) -> None:
         """Sample from the logits of the last token, and hand the result to the client."""

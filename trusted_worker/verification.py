@@ -7,7 +7,7 @@ all different. So a wrong row passes with probability at most 2^-32, and after Q
 serves every linear: what the worker learns from an accepted row is nothing, and from a rejected row one excluded
 hyperplane; s is redrawn after a rejection, before the worker is trusted again.
 
-s is not stored: it is the AES-256-CTR key stream of a key from the CSPRNG, expanded BLOCK outputs at a time. Only the
+s is not stored: it is the AES-256-CTR key stream of a key from the CSPRNG, expanded SUM_BLOCK outputs at a time. Only the
 first block is kept. c is kept as integers.
 
 Exactness: all sums are float64 BLAS on integers with every partial sum below 2^53.
@@ -23,16 +23,14 @@ import numpy as np
 import numpy.typing as npt
 from Crypto.Cipher import AES
 
-from trusted_worker.arithmetic import F64, I8, I32, Y_LIMIT, exact_lookup, exact_product, exact_scratch_bytes
-from trusted_worker.secure_memory import ALIGNMENT, Block, Scratch, SecureMemory
+from trusted_worker.arithmetic import F64, I8, I32, Y_LIMIT, exact_lookup, exact_product
+from trusted_worker.secure_memory import Block, Scratch, SecureMemory
 from wire.errors import PreconditionError
 from wire.linears import LinearSpec
+from wire.scratch import CHECK_LIMBS, SUM_BLOCK, SUM_LIMBS, WORK
 
 PRIME = (1 << 32) + 15
-S_BITS, S_LIMBS = 8, 4
-C_BITS, C_LIMBS = 12, 3
-BLOCK = 1 << 13  # outputs, or inputs, that are summed in float64
-WORK = 1 << 15  # elements of y_q or x_q that lie in float64 at a time: 256 KiB
+S_BITS, C_BITS = 8, 12  # of a limb
 COLUMNS = 1 << 10  # of c that are made at a time
 SIZE_LIMIT = 1 << 24  # inputs or outputs of a linear: sums of blocks stay below 2^63
 TABLE_LIMIT = 127  # |elements| of a row of the embedding table
@@ -48,14 +46,14 @@ class Verifier:
         widest = max(spec.n for spec in specs)
         if max(widest, *(spec.k for spec in specs)) > SIZE_LIMIT:
             raise PreconditionError(f"linears of more than {SIZE_LIMIT} inputs or outputs cannot be verified exactly")
-        self._s = memory.allocate("verification", (S_LIMBS, min(BLOCK, widest)), np.uint8)
+        self._s = memory.allocate("verification", (SUM_LIMBS, min(SUM_BLOCK, widest)), np.uint8)
         self._c: dict[LinearSpec, Block] = {
-            spec: memory.allocate("verification", (C_LIMBS, spec.k), np.int16) for spec in specs
+            spec: memory.allocate("verification", (CHECK_LIMBS, spec.k), np.int16) for spec in specs
         }
-        self._table: npt.NDArray[np.int16] = np.empty((C_LIMBS, 0), np.int16)
+        self._table: npt.NDArray[np.int16] = np.empty((CHECK_LIMBS, 0), np.int16)
         if vocabulary:
-            self._table = memory.allocate("verification", (C_LIMBS, vocabulary), np.int16).array
-        self._weights = np.concatenate([powers(S_BITS, S_LIMBS), -powers(C_BITS, C_LIMBS)])
+            self._table = memory.allocate("verification", (CHECK_LIMBS, vocabulary), np.int16).array
+        self._weights = np.concatenate([powers(S_BITS, SUM_LIMBS), -powers(C_BITS, CHECK_LIMBS)])
         self.draw()
 
     def draw(self) -> None:
@@ -66,7 +64,7 @@ class Verifier:
     def prepare(self, spec: LinearSpec, tiles: Iterable[tuple[int, I8]], scratch: Scratch) -> None:
         """c = W_q^T s mod P from the weights of one linear, (first row, int8[rows, k]) at a time."""
         with scratch.frame():
-            sums: I64 = scratch.empty((S_LIMBS, spec.k), np.int64)
+            sums: I64 = scratch.empty((SUM_LIMBS, spec.k), np.int64)
             part: I32 = scratch.empty(sums.shape, np.int32)
             sums[...] = 0
             for first, tile in tiles:
@@ -81,52 +79,52 @@ class Verifier:
         """c' = E_q s mod P, one residue for each row of the table: (first row, int8[rows, hidden]) at a time."""
         for first, tile in tiles:
             with scratch.frame():
-                wide: F64 = scratch.empty((S_LIMBS, tile.shape[1]), np.float64)
+                wide: F64 = scratch.empty((SUM_LIMBS, tile.shape[1]), np.float64)
                 for start, digits in self._secret(0, tile.shape[1], scratch):
                     wide[:, start : start + digits.shape[1]] = digits
-                sums: I32 = scratch.empty((S_LIMBS, len(tile)), np.int32)
+                sums: I32 = scratch.empty((SUM_LIMBS, len(tile)), np.int32)
                 exact_product(wide, [(0, tile)], sums, scratch)  # below 2^8 * 2^7 * 2^16: nothing wraps
                 store(sums, self._table[:, first : first + len(tile)])
 
     def accepts(self, spec: LinearSpec, x_q: I32, y_q: I32, scratch: Scratch) -> bool:
         """Whether every row of y_q int32[m, n] is x_q . W_q^T and in range. Both checks always run; one verdict."""
-        c, sums = self._c[spec].array, np.zeros((S_LIMBS + C_LIMBS, len(y_q)), np.int64)
-        dots(((at, c[:, at : at + BLOCK]) for at in range(0, spec.k, BLOCK)), x_q, sums[S_LIMBS:], scratch)
+        c, sums = self._c[spec].array, np.zeros((SUM_LIMBS + CHECK_LIMBS, len(y_q)), np.int64)
+        dots(((at, c[:, at : at + SUM_BLOCK]) for at in range(0, spec.k, SUM_BLOCK)), x_q, sums[SUM_LIMBS:], scratch)
         return self._verdict(sums, y_q, Y_LIMIT - 1, scratch)
 
     def accepts_lookup(self, ids: I32, y_q: I32, scratch: Scratch) -> bool:
         """Whether every row of y_q int32[m, hidden] is the row of the table that ids int32[m] names. Likewise."""
-        sums = np.zeros((S_LIMBS + C_LIMBS, len(y_q)), np.int64)
-        sums[S_LIMBS:] = self._table[:, ids]
+        sums = np.zeros((SUM_LIMBS + CHECK_LIMBS, len(y_q)), np.int64)
+        sums[SUM_LIMBS:] = self._table[:, ids]
         return self._verdict(sums, y_q, TABLE_LIMIT, scratch)
 
     def _verdict(self, sums: I64, y_q: I32, limit: int, scratch: Scratch) -> bool:
         """Whether s . y_q is what the last rows of `sums` say, and no |element| above the limit."""
         with scratch.frame():
-            dots(self._secret(0, y_q.shape[1], scratch), y_q, sums[:S_LIMBS], scratch)
+            dots(self._secret(0, y_q.shape[1], scratch), y_q, sums[:SUM_LIMBS], scratch)
         sound = not combine(sums, self._weights).any()
         in_range = int(y_q.max(initial=0)) <= limit and int(y_q.min(initial=0)) >= -limit
         return sound & in_range
 
     def _secret(self, start: int, stop: int, scratch: Scratch) -> Iterator[tuple[int, Digits]]:
         """s from output `start` to `stop`: (first output, its bytes uint8[4, outputs]), no part across blocks."""
-        buffer = scratch.empty(self._s.array.shape, np.uint8) if stop > BLOCK else None
+        buffer = scratch.empty(self._s.array.shape, np.uint8) if stop > SUM_BLOCK else None
         while start < stop:
-            block, offset = divmod(start, BLOCK)
-            end = min(stop, (block + 1) * BLOCK)
+            block, offset = divmod(start, SUM_BLOCK)
+            end = min(stop, (block + 1) * SUM_BLOCK)
             digits = self._s.array if buffer is None or not block else self._expand(block, buffer)
             yield start, digits[:, offset : offset + end - start]
             start = end
 
     def _expand(self, block: int, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The bytes of s_j for the outputs of one block, the lowest of all of them first."""
-        cipher = AES.new(self._key, AES.MODE_CTR, nonce=bytes(8), initial_value=block * (S_LIMBS * BLOCK // 16))
+        cipher = AES.new(self._key, AES.MODE_CTR, nonce=bytes(8), initial_value=block * (SUM_LIMBS * SUM_BLOCK // 16))
         cipher.encrypt(bytes(out.nbytes), output=out.data.cast("B"))
         return out
 
 
 def dots(parts: Iterable[tuple[int, Digits]], values: I32, sums: I64, scratch: Scratch) -> None:
-    """Add digits . values^T to int64[limbs, m]: (first column, digits[limbs, at most BLOCK]) and int32[m, n]."""
+    """Add digits . values^T to int64[limbs, m]: (first column, digits[limbs, at most SUM_BLOCK]) and int32[m, n]."""
     limbs = len(sums)
     for first, digits in parts:
         width = digits.shape[1]
@@ -150,8 +148,8 @@ def combine(sums: npt.NDArray[Any], weights: I64) -> I64:
 
 
 def store(sums: npt.NDArray[Any], out: npt.NDArray[np.int16]) -> None:
-    """Byte-weighted sums [S_LIMBS, k] modulo P into int16[C_LIMBS, k]: balanced digits of base 2^C_BITS."""
-    half, base, weights = 1 << (C_BITS - 1), 1 << C_BITS, powers(S_BITS, S_LIMBS)
+    """Byte-weighted sums [SUM_LIMBS, k] modulo P into int16[CHECK_LIMBS, k]: balanced digits of base 2^C_BITS."""
+    half, base, weights = 1 << (C_BITS - 1), 1 << C_BITS, powers(S_BITS, SUM_LIMBS)
     for start in range(0, out.shape[1], COLUMNS):
         rest = combine(sums[:, start : start + COLUMNS], weights)
         rest[rest > PRIME // 2] -= PRIME
@@ -163,16 +161,3 @@ def store(sums: npt.NDArray[Any], out: npt.NDArray[np.int16]) -> None:
 def powers(bits: int, limbs: int) -> I64:
     """What limbs of so many bits stand for, int64[limbs, 1]."""
     return 1 << np.arange(0, bits * limbs, bits)[:, None]
-
-
-def check_scratch_bytes(rows: int, widest: int) -> int:
-    """What `accepts` and `accepts_lookup` ask of their scratch at most: `widest` is the largest k or n of a linear."""
-    width = min(widest, BLOCK)
-    kept = S_LIMBS * BLOCK if widest > BLOCK else 0
-    return kept + 8 * (S_LIMBS * width + max(min(WORK, rows * width), width)) + 3 * ALIGNMENT
-
-
-def prepare_scratch_bytes(rows: int, columns: int) -> int:
-    """What `prepare` and `prepare_lookup` ask at most, for tiles of int8[rows, columns]."""
-    wide = S_LIMBS * (8 * max(rows, columns) + 4 * max(rows, columns) + BLOCK)
-    return wide + exact_scratch_bytes(S_LIMBS, rows, columns) + 4 * ALIGNMENT

@@ -104,7 +104,7 @@ class Weights:
 
     def embed(self, ids: I32, out: F32, scratch: Scratch) -> None:
         """Rows of the embedding table into out float32[m, hidden], by the way that the layout says."""
-        if self.layout.table == "read":
+        if self.layout.embed == "read":
             self._read_rows(ids, out)
             return
         resident = self._resident.get(Name(Kind.EMBEDDING))

@@ -15,7 +15,7 @@ from wire.layout import WORD, Demand, blocks
 from wire.linears import Linear, LinearSpec, all_specs
 from wire.model_config import ModelConfig
 from wire.parameters import parameters
-from wire.plan import Parts, smallest
+from wire.plan import Parts, plan, smallest
 from wire.scratch import CHECK_LIMBS, SEGMENT, SUM_LIMBS
 
 PAGE = 4096  # the smallest arena
@@ -131,7 +131,11 @@ def _attention(case: Case) -> Parts:
 
 
 def _inside(case: Case, scheme: str) -> Parts:
-    return smallest(Demand(case.config, scheme, case.precision, case.kv, case.stock))
+    """The arena of the smallest budget, part by part."""
+    demand = Demand(case.config, scheme, case.precision, case.kv, case.stock)
+    budget = smallest(demand)
+    parts = plan(demand, budget).parts
+    return parts | {"unused": budget - sum(parts.values())}
 
 
 def _permuter(config: ModelConfig, crosses: bool) -> Parts:
@@ -139,6 +143,5 @@ def _permuter(config: ModelConfig, crosses: bool) -> Parts:
     table = 4 * config.layers * config.kv_heads * config.head_dim
     norms = [WORD * config.head_dim] * (2 * config.layers if crosses and config.qk_norm else 0)
     least = max(config.head_dim * config.hidden, page_words(config, KvType.FLOAT32))
-
     step = WORD * max(3 * config.q_width + 2 * config.kv_width, least) + (1 << 12)
     return {"permutations": blocks([table, table]), "norms and biases": blocks(norms), "scratch": blocks([step])}

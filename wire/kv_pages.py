@@ -45,6 +45,12 @@ def block_pages(config: ModelConfig) -> int:
     return min(max(_BLOCK_BYTES // (4 * page_words(config, KvType.FLOAT32)), 1), _BLOCK_PAGES)
 
 
+def block_spans(config: ModelConfig, first: int, end: int) -> list[range]:
+    """The pages of tokens `first` to `end`, cut where blocks end."""
+    start, stop, size = first // PAGE_TOKENS, -(-end // PAGE_TOKENS), block_pages(config)
+    return [range(max(at, start), min(at + size, stop)) for at in range(start // size * size, stop, size)]
+
+
 def block_rows(config: ModelConfig) -> int:
     """Rows whose scores over one block are computed together."""
     return max(_SCORE_BYTES // _row_bytes(config), 1)

@@ -41,43 +41,47 @@ class Plan:
 
 def plan(demand: Demand, budget: int) -> Plan:
     """The first division that holds a session. Raises ExhaustedError when none does."""
-    for layout in _layouts(demand, budget):
-        for rows in _halves(MAX_ROWS):
+    for layout, least in _layouts(demand):
+        for rows in _halves(MAX_ROWS if budget >= least else 0):
             for made in _halves(min(REFILL_ROWS, max(demand.stock, 1))) if demand.masks else (0,):
                 found = _divided(demand, layout, rows, made, budget)
                 if found is not None:
                     return found
     raise ExhaustedError(
         f"a memory budget of {budget} bytes does not hold this model under {demand.scheme}: "
-        f"{sum(smallest(demand).values())} bytes would do"
+        f"{smallest(demand)} bytes would do"
     )
 
 
-def smallest(demand: Demand) -> Parts:
-    """The parts of the smallest budget that `plan` accepts."""
-    (layout,) = _layouts(demand, 0)
+def smallest(demand: Demand) -> int:
+    """Bytes of the smallest budget that `plan` accepts."""
+    return min(max(least, sum(_least(demand, layout).values())) for layout, least in _layouts(demand))
+
+
+def _least(demand: Demand, layout: Layout) -> Parts:
+    """One row of a step, one pad in the making, one session."""
     scratch, refill = blocks([step_bytes(demand, layout, 1, 1)]), _refill(demand, layout, 1)
-    session = demand.config.layers * demand.page
-    return _fixed(demand, layout) | {"scratch": scratch, "refill": refill, "kv cache": blocks([session])}
+    session = blocks([demand.config.layers * demand.page])
+    return _fixed(demand, layout) | {"scratch": scratch, "refill": refill, "kv cache": session}
 
 
-def _layouts(demand: Demand, budget: int) -> Iterator[Layout]:
-    """From the fastest that the budget allows to the smallest."""
+def _layouts(demand: Demand) -> Iterator[tuple[Layout, int]]:
+    """From the fastest to the smallest, each with the least budget that it is for."""
     config, inside = demand.config, demand.inside
     linears = demand.width * sum(spec.k * spec.n for spec in untied(config))
     table = demand.width * config.vocabulary * config.hidden
     for keep_table, keep_linears in ((True, True), (True, False), (False, False)):
-        if (keep_table and table > budget // 4) or (keep_linears and linears > budget // 2):
-            continue
         place = ("resident" if keep_linears else "parked") if inside else ("scales" if demand.int8 else "absent")
         embed = "client" if demand.client_embeds else "resident" if keep_table else "scan" if inside else "read"
         head = config.tied and place != "absent"
         if embed == "resident" or (head and inside and keep_table):
-            yield Layout(embed, "resident", place)
+            where = "resident"
         elif embed == "scan" or (head and inside):
-            yield Layout(embed, "parked", place)
+            where = "parked"
         else:
-            yield Layout(embed, "scales" if head else "absent", place)
+            where = "scales" if head else "absent"
+        least = max(4 * table if where == "resident" else 0, 2 * linears if place == "resident" else 0)
+        yield Layout(embed, where, place), least
 
 
 def _divided(demand: Demand, layout: Layout, rows: int, made: int, budget: int) -> Plan | None:

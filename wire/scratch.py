@@ -90,16 +90,16 @@ def _refill(demand: Demand, layout: Layout, of: LinearSpec, made: int) -> int:
 
 def _table_refill(demand: Demand, layout: Layout, made: int) -> int:
     hidden = demand.config.hidden
-    rows = tile_rows(hidden)
+    rows = min(tile_rows(hidden), demand.config.vocabulary)
     own = 2 * WORD * made * hidden + 8 * made * rows + WORD * rows
-    return own + 2 * demand.width * rows * hidden + exact_bytes(made, rows, hidden)
+    return own + _table_tiles(demand) + exact_bytes(made, rows, hidden)
 
 
 def _product(demand: Demand, layout: Layout, of: LinearSpec, m: int) -> int:
     """One linear for m rows, its result included."""
     result = WORD * m * of.n
     if not demand.int8:
-        return result + demand.inside * (_tiles(demand, layout, of) + WORD * m * tile_rows(of.k))
+        return result + demand.inside * (_tiles(demand, layout, of) + WORD * m * min(tile_rows(of.k), of.n))
     integers = WORD * m * (2 * of.k + of.n)
     inside = 8 * m * of.k + _tiles(demand, layout, of) + exact_bytes(m, of.n, of.k) if demand.inside else 0
     outside = max(WORD * (m * of.k + min(SEGMENT, of.n)), check_bytes(m, max(of.k, of.n))) if demand.masks else 0
@@ -109,12 +109,18 @@ def _product(demand: Demand, layout: Layout, of: LinearSpec, m: int) -> int:
 def _tiles(demand: Demand, layout: Layout, of: LinearSpec) -> int:
     """Two tiles of a linear, if it is parked."""
     place = layout.table if of.linear is Linear.LM_HEAD and demand.config.tied else layout.linears
-    return 2 * demand.width * tile_rows(of.k) * of.k if place == "parked" else 0
+    return 2 * demand.width * min(tile_rows(of.k), of.n) * of.k if place == "parked" else 0
+
+
+def _table_tiles(demand: Demand) -> int:
+    """Two tiles of a parked embedding table."""
+    config = demand.config
+    return 2 * demand.width * min(tile_rows(config.hidden), config.vocabulary) * config.hidden
 
 
 def _embed(demand: Demand, layout: Layout, rows: int) -> int:
     config = demand.config
-    scan = 2 * demand.width * tile_rows(config.hidden) * config.hidden if layout.embed == "scan" else 0
+    scan = _table_tiles(demand) if layout.embed == "scan" else 0
     if not demand.looks_up(layout):
         return scan
     of = lookup_spec(config)
@@ -128,7 +134,7 @@ def _prepare(demand: Demand, layout: Layout) -> int:
     if not demand.masks:
         return 0
     specs = all_specs(demand.config)
-    rows = [prepare_bytes(tile_rows(of.k), of.k) + _tiles(demand, layout, of) for of in specs]
+    rows = [prepare_bytes(min(tile_rows(of.k), of.n), of.k) + _tiles(demand, layout, of) for of in specs]
     hidden = demand.config.hidden
-    table = prepare_bytes(tile_rows(hidden), hidden) + 2 * demand.width * tile_rows(hidden) * hidden
+    table = prepare_bytes(min(tile_rows(hidden), demand.config.vocabulary), hidden) + _table_tiles(demand)
     return max([*rows, table * demand.looks_up(layout)])

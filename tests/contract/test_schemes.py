@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import MODELS, build, greedy_reference, transformers_logits
+from tests.conftest import MODELS, build, forward, greedy_reference, transformers_logits
 from trusted_worker import arithmetic
 from trusted_worker.model import Batch, Run
 from wire.linears import LinearSpec
@@ -56,9 +56,10 @@ def test_rows_of_many_sessions_in_one_call_get_what_they_get_alone(folder: Path,
     ids: list[int] = []
     runs: list[Run] = []
     for cache, prompt in zip(caches, prompts, strict=True):
+        assert cache.wake(len(prompt)) == len(prompt)
         runs.append(Run(cache, len(ids), len(ids) + len(prompt), 0))
         ids.extend(prompt)
-    together = rig.scheme.forward(Batch(np.array(ids, np.int32), tuple(runs), np.arange(len(ids), dtype=np.int32)))
+    together = forward(rig.scheme, Batch(np.array(ids, np.int32), tuple(runs), np.arange(len(ids), dtype=np.int32)))
     alone = build(folder, "split")
     for run, prompt in zip(runs, prompts, strict=True):
         assert np.array_equal(together[run.start : run.stop], alone.logits(prompt))
@@ -80,7 +81,7 @@ def test_a_dry_bank_changes_nothing_but_the_counters(
 
 
 def test_every_product_of_a_run_equals_an_int64_reference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = build(folder, "secure-infer", bank_rows=24)  # some rows outside, some inside
+    rig = build(folder, "secure-infer", bank_rows=10)  # some rows outside, some inside
     taken: list[tuple[Any, Any]] = []
     quantize, dequantize = arithmetic.quantize, arithmetic.dequantize
     inputs: list[Any] = []
@@ -96,7 +97,7 @@ def test_every_product_of_a_run_equals_an_int64_reference(folder: Path, monkeypa
 
     monkeypatch.setattr(arithmetic, "quantize", spy_in)
     monkeypatch.setattr(arithmetic, "dequantize", spy_out)
-    rig.logits(PROMPT, [40])
+    rig.logits(PROMPT[:16], [16])
     assert len(taken) == len(rig.weights.specs)
     spec: LinearSpec
     for spec, (x_q, y_q) in zip(rig.weights.specs, taken, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.conftest import Rig, build, one_run
+from tests.conftest import Rig, build, forward, one_run
 from tests.simulators.workers import RecordingWorker
 from trusted_worker import arithmetic
 from wire.errors import VerificationError
@@ -43,7 +43,7 @@ def converse(rig: Rig) -> None:
     first, second = rig.scheme.open(32), rig.scheme.open(32)
     for position in range(8):
         for cache in (first, second):
-            rig.scheme.forward(one_run(cache, PROMPT[position : position + 1], position))
+            forward(rig.scheme, one_run(cache, PROMPT[position : position + 1], position))
     first.free()
 
 

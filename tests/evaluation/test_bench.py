@@ -1,5 +1,6 @@
 """cleave-bench over real processes: the demo model, two schemes, a few tokens; and how it fails."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,10 +20,13 @@ def bench(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_two_schemes_beside_each_other() -> None:
     flags = ["--schemes", "tee-only,secure-infer", "--precision", "int8", "--context", "5", "--tokens", "4"]
+    flags += ["--tee-profile", "optee", "--switch-us", "7"]
     done = bench(*flags, "--batch", "2", "--repeat", "1", "--json", "--markdown")
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     result = json.loads(last)
+    assert (result["tee_profile"], result["switch_us"]) == ("optee", 7)
+    assert table[0].endswith(", in optee, 7 us charged for each exchange")
     inside, masked = result["rows"]
     assert [(row["scheme"], row["precision"]) for row in (inside, masked)] == [
         ("tee-only", "int8"),
@@ -40,7 +44,49 @@ def test_two_schemes_beside_each_other() -> None:
     assert any(line.startswith("| secure-infer | int8 |") for line in table)
 
 
-@pytest.mark.parametrize("flags", [["--schemes", "tee-only", "--repeat", "1000"], ["--soak", "--schemes", "tee-only"]])
+def test_a_budget_that_is_too_small_one_that_streams_and_one_that_holds_all(tmp_path: Path) -> None:
+    flags = ["--budget-curve", "--budgets", "3MiB,optee", "--context", "5", "--long-context", "200", "--tokens", "4"]
+    flags += ["--plot", str(tmp_path / "curve.png")] if importlib.util.find_spec("matplotlib") else []
+    done = bench(*flags, "--repeat", "1", "--json", "--markdown")
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    streamed, refused, inside, masked = json.loads(last)["points"]
+    assert [one["budget"] for one in (streamed, refused, inside, masked)] == 2 * [3 << 20] + 2 * [14 << 20]
+    assert [(one["weights"], one["embedding"]) for one in (streamed, inside, masked)] == [
+        ("streamed", "resident"),
+        ("resident", "resident"),
+        ("resident", "resident"),
+    ]
+    kinds = [(one["digests"], one["context"]) for one in streamed["speeds"]]
+    assert kinds == [("on", 5), ("off", 5), ("on", 200), ("off", 200)]
+    assert all(one["tiles_per_token"] >= 6 * 4 for one in streamed["speeds"])  # every linear of a layer is one tile
+    assert [one["digests"] for one in inside["speeds"]] == ["none", "none"]
+    assert masked["speeds"][0]["seconds_per_pad"] > 0
+    assert (refused["failed"], refused["profiles"], masked["profiles"]) == (False, [], ["optee"])
+    assert str(3 << 20) in refused["error"]
+    assert refused["least"] > 3 << 20
+    assert 64 <= streamed["context_inside"] < inside["context_inside"]
+    assert streamed["context_admitted"] == inside["context_admitted"] == 1024
+    assert all(one["memory_peak"] <= one["budget"] for one in (streamed, inside, masked))
+    assert sum(line.startswith("| ") for line in table) == 1 + 4 + 1 + 2 + 2
+    assert (tmp_path / "curve.png").is_file() == ("--plot" in flags)
+
+
+def test_a_picture_that_cannot_be_drawn_is_found_before_anything_is_measured() -> None:
+    done = bench("--budget-curve", "--plot", "/nowhere/curve.png")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("cleave-bench: ")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--schemes", "tee-only", "--repeat", "1000"],
+        ["--soak", "--schemes", "tee-only"],
+        ["--budget-curve", "--schemes", "tee-only", "--repeat", "1000"],
+    ],
+)
 def test_an_interrupt_leaves_nothing_behind(flags: list[str], tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
@@ -48,7 +94,7 @@ def test_an_interrupt_leaves_nothing_behind(flags: list[str], tmp_path: Path) ->
     ) as running:
         assert running.stderr
         seen = [running.stderr.readline()]
-        while not seen[-1].startswith(("measuring", "answering")):
+        while not any(word in seen[-1] for word in ("measuring", "answering")):
             assert seen[-1], "it ended by itself"
             seen.append(running.stderr.readline())
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()

@@ -101,6 +101,7 @@ def test_resident_weights_are_said_to_be() -> None:
             return replace(found, after=replace(found.after, weights_resident=True))
 
     assert measure_point(PLACE, 6, start, TRIAL).weights == "resident"
+    assert measure_point(replace(PLACE, scheme="split"), 6, start, TRIAL).weights == "absent"
 
 
 def test_a_budget_that_is_too_small_is_a_point_and_no_failure() -> None:

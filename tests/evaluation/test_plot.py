@@ -58,7 +58,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+def lines(axes: Any) -> dict[str, Any]:
     """Budgets and heights of each line, by its name."""
     handles, names = axes.get_legend_handles_labels()
     plain = [getattr(handle, "lines", (handle,))[0] for handle in handles]  # those with error bars are containers

@@ -19,6 +19,7 @@ from tests.simulators.in_process import InProcessWorker
 from trusted_worker import attestation
 from trusted_worker.config import parse
 from trusted_worker.offload import Traffic
+from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.service import Service
 from wire.errors import CleaveError
 from wire.model_config import ModelConfig
@@ -105,7 +106,7 @@ class _World:
 
 
 def _service(flags: list[str]) -> Any:
-    return Service(parse(flags))
+    return Service(parse(flags), ProcessLimit())
 
 
 class TrustedTarget:

@@ -7,10 +7,11 @@ import numpy as np
 
 from trusted_worker.arithmetic import F32
 from trusted_worker.metrics import Latencies
-from trusted_worker.sampling import Sampler, scratch_bytes
+from trusted_worker.sampling import Sampler
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.session import Event, Session
 from wire.model_config import ModelConfig
+from wire.scratch import sampling_bytes
 from wire.v1 import trusted_worker_pb2 as pb
 
 VOCABULARY = 50
@@ -41,6 +42,7 @@ class FakeCache:
     freed: int = 0
     rests: int = 0
     wakes: int = 0
+    failed: bool = False
 
     def commit(self, tokens: int) -> None:
         """See kv_cache.Cache."""
@@ -66,7 +68,7 @@ class FakeCache:
 
 def scratch_of(vocabulary: int) -> Scratch:
     """What a sampler works in."""
-    size = scratch_bytes(vocabulary)
+    size = sampling_bytes(vocabulary)
     return Scratch(SecureMemory(size + (1 << 13)), size)
 
 

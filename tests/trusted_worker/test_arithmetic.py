@@ -11,9 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 from tests.trusted_worker import traced
 from trusted_worker import arithmetic
-from trusted_worker.arithmetic import EXACT_DEPTH, F32, FEW, I8, I32, PIECE_COLUMNS, X_LIMIT, Y_LIMIT, Bound
+from trusted_worker.arithmetic import F32, I8, I32, X_LIMIT, Y_LIMIT, Bound
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from wire.errors import InvalidArgumentError
+from wire.scratch import EXACT_DEPTH, FEW, PIECE_COLUMNS, SLACK, exact_bytes
 
 CASES = settings(deadline=None, max_examples=80, derandomize=True)
 TINY = float(np.finfo(np.float32).tiny)
@@ -264,7 +265,7 @@ def test_a_lookup_of_rows_beyond_exact_sums_is_exact(scratch: Scratch) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1024, 256), (53, 4864), (292, 896), (23, 11008), (3, 40_000)])
 def test_products_take_no_more_scratch_than_they_say(m: int, rows: int, columns: int) -> None:
     weights = np.ones((rows, columns), np.int8)
-    size = arithmetic.exact_scratch_bytes(m, rows, columns)
+    size = exact_bytes(m, rows, columns) + SLACK
     memory = SecureMemory(size + (1 << 13))
     exact = Scratch(memory, size)
     product, lookup = np.empty((m, rows), np.int32), np.empty((m, columns), np.int32)

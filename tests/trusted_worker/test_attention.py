@@ -135,7 +135,7 @@ def test_a_rejected_page_leaves_nothing_in_the_scratch() -> None:
     with pytest.raises(ParkedError):
         look(cache, text, scratch)
     assert not scratch._block.array.any()
-    assert cache.broken
+    assert cache.failed
 
 
 @pytest.mark.usefixtures("ahead")

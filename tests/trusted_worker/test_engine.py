@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from tests.trusted_worker.fakes import VOCABULARY, Client, logits_for
-from trusted_worker.arithmetic import F32
 from trusted_worker.engine import MAX_SESSIONS, Engine
-from trusted_worker.model import Batch
+from trusted_worker.model import Accept, Batch
 from wire.errors import (
     CleaveError,
     ExhaustedError,
     InvalidArgumentError,
+    ParkedError,
     PreconditionError,
     UnavailableError,
     VerificationError,
@@ -39,7 +39,7 @@ class Model:
         self.tiles = 0
         self.idle_raises: Exception | None = None
 
-    def forward(self, batch: Batch) -> F32:
+    def forward(self, batch: Batch, accept: Accept) -> None:
         """See engine.Runner."""
         self.batches.append(batch)
         for token in batch.ids:
@@ -52,7 +52,8 @@ class Model:
         for row, token in enumerate(batch.ids[batch.logit_rows]):
             if int(token) in self.infinite:
                 answers[row][0] = np.nan
-        return np.array(answers, np.float32).reshape(len(answers), VOCABULARY)
+        for index, answer in enumerate(answers):
+            accept(index, answer)
 
     def idle(self) -> bool:
         """See engine.Runner."""
@@ -209,7 +210,7 @@ def test_an_error_ends_the_sessions_of_its_step_and_no_others() -> None:
 def test_a_sequence_that_cannot_wake_ends_its_session_and_no_other(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = rig.clients(2)
 
-    def refuse() -> None:
+    def refuse(tokens: int) -> int:
         raise UnavailableError("its cache is lost")
 
     monkeypatch.setattr(bad.cache, "wake", refuse)
@@ -219,6 +220,21 @@ def test_a_sequence_that_cannot_wake_ends_its_session_and_no_other(rig: Rig, mon
     assert [list(batch.ids) for batch in rig.model.batches] == [[1], [2]]
     assert good.cache.wakes == 2
     assert bad.cache.freed == 1
+
+
+def test_a_page_that_was_rejected_ends_its_own_session_and_the_others_try_again(rig: Rig) -> None:
+    """Not the GPU worker's doing: nothing that it may know is renewed."""
+    good, bad = rig.clients(2)
+    rig.feed((bad, [19, 20], 1), (good, [1, 2, 3], 2))
+    assert [bad.token(), good.token(), good.token()] == [21, 4, 5]
+    bad.cache.failed = True
+    rig.model.raises[21] = ParkedError()
+    rig.feed((bad, [], 1), (good, [6, 7], 2))
+    assert isinstance(bad.next(), VerificationError)
+    assert [good.token(), good.token()] == [8, 9]
+    assert [list(batch.ids) for batch in rig.model.batches[-2:]] == [[5, 6, 7], [8]]
+    assert (bad.cache.freed, good.cache.freed) == (1, 0)
+    assert rig.model.distrusted == 0
 
 
 def test_an_error_ends_every_session_of_a_shared_step(rig: Rig) -> None:
@@ -276,9 +292,9 @@ def test_after_a_rejection_in_idle_time_the_secret_is_renewed_before_the_next_st
     distrusted: list[int] = []
     answer = rig.model.forward
 
-    def forward(batch: Batch) -> F32:
+    def forward(batch: Batch, accept: Accept) -> None:
         distrusted.append(rig.model.distrusted)
-        return answer(batch)
+        answer(batch, accept)
 
     def prepare() -> None:
         rig.model.idle_raises = VerificationError()

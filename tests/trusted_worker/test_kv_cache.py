@@ -107,11 +107,13 @@ def test_numbers_that_the_element_type_does_not_hold_are_refused(kind: KvType, h
     else:
         with pytest.raises(InvalidArgumentError, match=f"do not fit a {kind.name.lower()} cache"):
             cache.append(0, *rows)
+    assert cache.failed == (kind is KvType.FLOAT16 or not np.isfinite(bad))
     rows[half, 0, 1, 3] = 65504
     for layer in range(LAYERS):
         cache.append(layer, *rows)
     cache.commit(1)
     assert _found(cache, scratch)[0, half, 1, 0, 3] == 65504
+    assert not cache.failed
 
 
 @given(st.integers(0, 1 << 16), st.sampled_from([1e-30, 1e-3, 1.0, 3e4]))
@@ -237,6 +239,21 @@ def test_parked_pages_come_back_for_who_reads_them_and_leave_again_for_nothing()
     assert pool.counts["pages_sealed"] - again <= 2 * LAYERS  # every page at most once
 
 
+def test_who_wakes_gets_its_share_back_by_reading() -> None:
+    pool, scratch = pool_of(10 * LAYERS)
+    one, two = pool.open(2048), pool.open(2048)
+    fill(one, TEXT, 9 * PAGE_TOKENS)
+    one.rest()
+    fill(two, OTHER, 10 * PAGE_TOKENS)
+    assert one.resident == 0
+    one.wake(1)  # a tail, and the other is as awake
+    for _ in range(3):
+        look(one, TEXT, scratch)
+        look(two, OTHER, scratch)
+        check(pool)
+        assert abs(one.resident - two.resident) <= LAYERS + 1
+
+
 def test_a_page_is_sealed_once_however_often_it_leaves() -> None:
     pool, scratch = pool_of(3 * LAYERS)
     one, two = pool.open(2048), pool.open(2048)
@@ -284,7 +301,7 @@ def test_a_changed_file_ends_one_sequence_and_no_other(damage: str) -> None:
         os.pwrite(file, second + first, 0)
     with pytest.raises(ParkedError):
         look(one, TEXT, scratch)
-    assert (one.broken, two.broken) == (True, False)
+    assert (one.failed, two.failed) == (True, False)
     check(pool)
     assert (_found(two, scratch) == _appended(OTHER, 3 * PAGE_TOKENS)).all()
     one.free()

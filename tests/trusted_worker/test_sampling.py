@@ -11,9 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 from tests.trusted_worker import traced
 from trusted_worker.arithmetic import F32, F64
-from trusted_worker.sampling import BLOCK, MAX_LOGPROBS, Choice, Sampler, rank, scratch_bytes
+from trusted_worker.sampling import BLOCK, MAX_LOGPROBS, Choice, Sampler, rank
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from wire.errors import InvalidArgumentError
+from wire.scratch import sampling_bytes
 from wire.v1 import trusted_worker_pb2 as pb
 
 CASES = settings(deadline=None, max_examples=80, derandomize=True)
@@ -257,7 +258,7 @@ LARGE = [
 
 @pytest.mark.parametrize("asked", LARGE)
 def test_a_large_vocabulary_needs_its_scratch_and_little_else(asked: pb.Sampling) -> None:
-    exact = Scratch(SecureMemory(scratch_bytes(VOCABULARY) + (1 << 13)), scratch_bytes(VOCABULARY))
+    exact = Scratch(SecureMemory(sampling_bytes(VOCABULARY) + (1 << 13)), sampling_bytes(VOCABULARY))
     sampler, logits = Sampler(asked), _logits(0, VOCABULARY)
     context = [int(token) for token in np.random.default_rng(1).integers(0, VOCABULARY, 30_000)]
     assert traced.peak(lambda: sampler.choose(logits, context, exact)) < 160 << 10

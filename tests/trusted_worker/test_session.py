@@ -40,14 +40,14 @@ def test_a_prompt_in_several_frames() -> None:
     client = Client()
     client.session.feed([1, 2], 0, end_turn=False)
     client.session.feed([3, 4], 1, end_turn=False)
-    assert client.session.take(4) == ([1, 2, 3, 4], True)
+    assert client.session.take(4) == ([1, 2, 3, 4], [], True)
 
 
 def test_a_chunk_that_is_not_the_last_wants_no_logits() -> None:
     client = Client()
     client.session.feed([1, 2, 3], 1, end_turn=False)
-    assert client.session.take(2) == ([1, 2], False)
-    assert client.session.take(1) == ([3], True)
+    assert client.session.take(2) == ([1, 2], [], False)
+    assert client.session.take(1) == ([3], [], True)
 
 
 def test_a_turn_ends_at_an_end_of_sequence_token() -> None:
@@ -98,7 +98,7 @@ def test_the_next_turn_goes_on_after_the_token_sampled_last() -> None:
     client.step(3)
     client.session.feed([], 0, end_turn=True)
     client.session.feed([4, 5], 1, end_turn=False)
-    assert client.session.take(3) == ([3, 4, 5], True)
+    assert client.session.take(3) == ([3, 4, 5], [], True)
 
 
 def test_tokens_that_were_not_computed_when_a_turn_ended_are_not_lost() -> None:
@@ -107,7 +107,7 @@ def test_tokens_that_were_not_computed_when_a_turn_ended_are_not_lost() -> None:
     assert client.final().context_tokens == 3
     assert client.session.rows == 0
     client.session.feed([4], 1, end_turn=False)
-    assert client.session.take(4) == ([1, 2, 3, 4], True)
+    assert client.session.take(4) == ([1, 2, 3, 4], [], True)
 
 
 def test_credit_does_not_outlive_its_turn() -> None:
@@ -144,7 +144,7 @@ def test_a_token_out_of_range_changes_nothing(token: int) -> None:
     assert client.session.rows == 0
     assert client.events.empty()
     client.session.feed([VOCABULARY - 1], 1, end_turn=False)
-    assert client.session.take(2) == ([1, VOCABULARY - 1], True)
+    assert client.session.take(2) == ([1, VOCABULARY - 1], [], True)
 
 
 def test_a_frame_holds_a_limited_number_of_tokens() -> None:
@@ -164,7 +164,7 @@ def test_a_context_overflow_changes_nothing() -> None:
     assert client.events.empty()
     assert client.session.rows == 2
     client.session.feed([4, 5], 1, end_turn=False)
-    assert client.session.take(5) == ([1, 2, 3, 4, 5], True)
+    assert client.session.take(5) == ([1, 2, 3, 4, 5], [], True)
 
 
 def test_a_full_context_has_room_for_none() -> None:
@@ -211,7 +211,7 @@ def test_a_token_of_a_client_that_left_during_the_step_is_kept_unsent() -> None:
     assert client.events.empty()
     client.session.attach(client.emit)
     client.session.feed([3], 1, end_turn=False)
-    assert client.session.take(2) == ([7, 3], True)
+    assert client.session.take(2) == ([7, 3], [], True)
 
 
 def test_a_failed_session_says_so_once_and_is_wiped() -> None:
@@ -280,7 +280,7 @@ class Conversation(RuleBasedStateMachine):
         if not rows:
             return
         assert self.in_turn
-        ids, wants = self.client.session.take(rows)
+        ids, _, wants = self.client.session.take(rows)
         self.computed += ids
         self.client.cache.commit(rows)
         assert wants == (len(self.computed) == len(self.context))

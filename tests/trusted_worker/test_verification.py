@@ -13,24 +13,20 @@ from tests.trusted_worker import traced
 from trusted_worker.arithmetic import I32, X_LIMIT, Y_LIMIT
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.verification import (
-    BLOCK,
     C_BITS,
-    C_LIMBS,
     PRIME,
     S_BITS,
-    S_LIMBS,
     SIZE_LIMIT,
     TABLE_LIMIT,
     Verifier,
-    check_scratch_bytes,
     combine,
     dots,
     powers,
-    prepare_scratch_bytes,
     store,
 )
 from wire.errors import PreconditionError
 from wire.linears import Linear, LinearSpec
+from wire.scratch import CHECK_LIMBS, SLACK, SUM_BLOCK, SUM_LIMBS, check_bytes, prepare_bytes
 
 CASES = settings(deadline=None, max_examples=100, derandomize=True)
 EDGES = [0, 1, 2, PRIME // 2 - 1, PRIME // 2, PRIME // 2 + 1, PRIME - 2, PRIME - 1, 2**31, 2**32 - 1, 2**32]
@@ -95,11 +91,13 @@ def product() -> Product:
 
 
 @given(
-    st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=S_LIMBS, max_size=S_LIMBS), min_size=1, max_size=30)
+    st.lists(
+        st.lists(st.integers(-(2**31), 2**31 - 1), min_size=SUM_LIMBS, max_size=SUM_LIMBS), min_size=1, max_size=30
+    )
 )
 @CASES
 def test_stored_residues_are_balanced_digits_of_the_sums(columns: list[list[int]]) -> None:
-    digits = np.empty((C_LIMBS, len(columns)), np.int16)
+    digits = np.empty((CHECK_LIMBS, len(columns)), np.int16)
     store(np.array(columns, np.int64).T, digits)
     assert np.abs(digits.astype(np.int64)).max() <= 1 << (C_BITS - 1)
     assert _residues(digits) == [sum(v << (S_BITS * i) for i, v in enumerate(column)) % PRIME for column in columns]
@@ -108,14 +106,14 @@ def test_stored_residues_are_balanced_digits_of_the_sums(columns: list[list[int]
 @given(st.lists(residues, min_size=1, max_size=30))
 @CASES
 def test_every_residue_can_be_stored(values: list[int]) -> None:
-    sums = np.zeros((S_LIMBS, len(values)), np.int64)
+    sums = np.zeros((SUM_LIMBS, len(values)), np.int64)
     sums[0] = values
-    digits = np.empty((C_LIMBS, len(values)), np.int16)
+    digits = np.empty((CHECK_LIMBS, len(values)), np.int16)
     store(sums, digits)
     assert _residues(digits) == values
 
 
-@pytest.mark.parametrize(("bits", "count"), [(S_BITS, S_LIMBS), (C_BITS, C_LIMBS)])
+@pytest.mark.parametrize(("bits", "count"), [(S_BITS, SUM_LIMBS), (C_BITS, CHECK_LIMBS)])
 @given(st.data())
 @CASES
 def test_combine_is_the_weighted_sum_modulo_the_prime(bits: int, count: int, data: st.DataObject) -> None:
@@ -126,18 +124,18 @@ def test_combine_is_the_weighted_sum_modulo_the_prime(bits: int, count: int, dat
     assert combine(np.array(columns, np.int64).T, sign * weights).tolist() == expected
 
 
-@given(st.integers(0, 5), st.sampled_from([1, 9, 2 * BLOCK + 3]), st.booleans(), st.integers(0, 1000))
+@given(st.integers(0, 5), st.sampled_from([1, 9, 2 * SUM_BLOCK + 3]), st.booleans(), st.integers(0, 1000))
 @settings(CASES, max_examples=25)
 def test_dots_are_exact_at_the_edge_of_their_operands(m: int, width: int, checks: bool, seed: int) -> None:
     random = np.random.default_rng(seed)
     if checks:
-        digits, limit = random.choice(np.array([-(1 << 11), 1 << 11], np.int16), (C_LIMBS, width)), X_LIMIT - 1
+        digits, limit = random.choice(np.array([-(1 << 11), 1 << 11], np.int16), (CHECK_LIMBS, width)), X_LIMIT - 1
     else:
-        digits, limit = random.choice(np.array([255, 254], np.uint8), (S_LIMBS, width)), 2**31 - 1
+        digits, limit = random.choice(np.array([255, 254], np.uint8), (SUM_LIMBS, width)), 2**31 - 1
     values = random.choice(np.array([-limit, limit], np.int32), (m, width))
     sums = np.zeros((len(digits), m), np.int64)
     with scratch.frame():
-        dots(((at, digits[:, at : at + BLOCK]) for at in range(0, width, BLOCK)), values, sums, scratch)
+        dots(((at, digits[:, at : at + SUM_BLOCK]) for at in range(0, width, SUM_BLOCK)), values, sums, scratch)
     assert sums.tolist() == (digits.astype(np.int64).astype(object) @ values.astype(np.int64).astype(object).T).tolist()
 
 
@@ -171,7 +169,7 @@ def test_right_rows_at_the_edge_of_the_ring_are_accepted(sign: int) -> None:
     assert one.accepts(y)
 
 
-@pytest.mark.parametrize("n", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("n", [SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 1, 2 * SUM_BLOCK + 5])
 def test_outputs_of_several_blocks(n: int) -> None:
     one = Product(n=n, k=8, m=2)
     assert one.accepts(one.y)
@@ -306,17 +304,17 @@ def test_one_bad_row_among_many_right_ones_is_rejected() -> None:
 
 
 def test_the_secret_is_fresh_and_c_follows_it() -> None:
-    one = Product(n=BLOCK + 2)
-    first = _secret(one.verifier, BLOCK + 2)
+    one = Product(n=SUM_BLOCK + 2)
+    first = _secret(one.verifier, SUM_BLOCK + 2)
     one.verifier.draw()
-    second = _secret(one.verifier, BLOCK + 2)
-    assert all(first[place] != second[place] for place in (0, 1, BLOCK, BLOCK + 1))  # of both blocks
+    second = _secret(one.verifier, SUM_BLOCK + 2)
+    assert all(first[place] != second[place] for place in (0, 1, SUM_BLOCK, SUM_BLOCK + 1))  # of both blocks
     assert not one.accepts(one.y)  # c is still that of the old s: nothing passes
     one.prepare()
     assert one.accepts(one.y)
 
 
-@pytest.mark.parametrize("n", [5, 2 * BLOCK + 5])
+@pytest.mark.parametrize("n", [5, 2 * SUM_BLOCK + 5])
 def test_c_is_the_secret_times_the_weights(n: int) -> None:
     one = Product(n=n, k=4)
     s, weights = _secret(one.verifier, n), one.weights.astype(object)
@@ -325,23 +323,27 @@ def test_c_is_the_secret_times_the_weights(n: int) -> None:
 
 
 def test_all_linears_share_one_secret_whatever_part_is_asked() -> None:
-    verifier = Product(n=3 * BLOCK).verifier
-    s = _secret(verifier, 3 * BLOCK)
+    verifier = Product(n=3 * SUM_BLOCK).verifier
+    s = _secret(verifier, 3 * SUM_BLOCK)
     assert _secret(verifier, 10) == s[:10]
     with scratch.frame():
-        parts = [(start, part.copy()) for start, part in verifier._secret(BLOCK - 3, 2 * BLOCK + 5, scratch)]
-    assert [(start, part.shape[1]) for start, part in parts] == [(BLOCK - 3, 3), (BLOCK, BLOCK), (2 * BLOCK, 5)]
+        parts = [(start, part.copy()) for start, part in verifier._secret(SUM_BLOCK - 3, 2 * SUM_BLOCK + 5, scratch)]
+    assert [(start, part.shape[1]) for start, part in parts] == [
+        (SUM_BLOCK - 3, 3),
+        (SUM_BLOCK, SUM_BLOCK),
+        (2 * SUM_BLOCK, 5),
+    ]
     found = np.concatenate([part for _, part in parts], axis=1).astype(np.int64)
-    assert (found * powers(S_BITS, S_LIMBS)).sum(axis=0).tolist() == s[BLOCK - 3 : 2 * BLOCK + 5]
+    assert (found * powers(S_BITS, SUM_LIMBS)).sum(axis=0).tolist() == s[SUM_BLOCK - 3 : 2 * SUM_BLOCK + 5]
 
 
 def test_no_two_outputs_share_a_word_and_no_byte_is_preferred() -> None:
     """s is a key stream: words are distinct but for chance, in and across blocks, and bytes are uniform."""
-    s = np.array(_secret(Product(n=5 * BLOCK, k=1).verifier, 5 * BLOCK))
+    s = np.array(_secret(Product(n=5 * SUM_BLOCK, k=1).verifier, 5 * SUM_BLOCK))
     assert len(np.unique(s)) > len(s) - 5  # 0.2 equal pairs are expected
     assert s.min() >= 0
     assert s.max() < 2**32
-    for limb in range(S_LIMBS):
+    for limb in range(SUM_LIMBS):
         counts = np.bincount(s >> (S_BITS * limb) & 255, minlength=256)
         assert ((counts - 160) ** 2 / 160).sum() < 400  # 255 degrees of freedom: one in a hundred million is above
 
@@ -350,7 +352,7 @@ def test_the_state_is_small() -> None:
     """Three limbs for every input, and one block of s, whatever the outputs."""
     memory = SecureMemory(1 << 20)
     Verifier(memory, [LinearSpec(0, Linear.LM_HEAD, 896, 151_936), LinearSpec(0, Linear.QKV, 896, 1152)])
-    assert memory.used == 2 * 2 * C_LIMBS * 896 + S_LIMBS * BLOCK
+    assert memory.used == 2 * 2 * CHECK_LIMBS * 896 + SUM_LIMBS * SUM_BLOCK
 
 
 class Lookup:
@@ -386,9 +388,9 @@ def test_right_rows_of_the_table_are_accepted() -> None:
 
 
 def test_wide_tables_of_long_vocabularies() -> None:
-    one = Lookup(vocabulary=5, hidden=BLOCK + 100)
+    one = Lookup(vocabulary=5, hidden=SUM_BLOCK + 100)
     assert one.accepts(one.y)
-    one.y[0, BLOCK + 3] ^= 1
+    one.y[0, SUM_BLOCK + 3] ^= 1
     assert not one.accepts(one.y)
 
 
@@ -423,10 +425,10 @@ def test_a_right_row_beyond_the_range_of_a_table_is_rejected(sign: int) -> None:
     assert not one.accepts(one.table[one.ids].astype(np.int64))
 
 
-@pytest.mark.parametrize("n", [70, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("n", [70, SUM_BLOCK, SUM_BLOCK + 1])
 @pytest.mark.parametrize("m", [1, 7, 64])
 def test_checks_take_no_more_scratch_than_they_say(m: int, n: int) -> None:
-    one, size = Product(n=n, k=50, m=m), check_scratch_bytes(m, n)
+    one, size = Product(n=n, k=50, m=m), check_bytes(m, max(n, 50)) + SLACK
     exact = Scratch(SecureMemory(size + (1 << 13)), size)
     assert one.verifier.accepts(one.spec, one.x, one.y.astype(np.int32), exact)
     table = Lookup(hidden=n)
@@ -434,9 +436,9 @@ def test_checks_take_no_more_scratch_than_they_say(m: int, n: int) -> None:
     assert table.verifier.accepts_lookup(rows, table.table[rows].astype(np.int32), exact)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(70, 50), (BLOCK + 1, 3), (3, BLOCK + 1), (300, 900)])
+@pytest.mark.parametrize(("rows", "columns"), [(70, 50), (SUM_BLOCK + 1, 3), (3, SUM_BLOCK + 1), (300, 900)])
 def test_preparations_take_no_more_scratch_than_they_say(rows: int, columns: int) -> None:
-    size = prepare_scratch_bytes(rows, columns)
+    size = prepare_bytes(rows, columns) + SLACK
     exact = Scratch(SecureMemory(size + (1 << 13)), size)
     weights = np.ones((rows, columns), np.int8)
     spec = LinearSpec(0, Linear.QKV, columns, rows)

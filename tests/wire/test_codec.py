@@ -82,7 +82,7 @@ def test_the_assembled_array_is_owned_and_writable() -> None:
 @given(arrays)
 @CASES
 def test_a_tensor_fills_the_array_that_was_given(array: Array) -> None:
-    memory = np.full((array.size + 2,), -7, array.dtype)
+    memory: Any = np.full((array.size + 2,), -7, array.dtype)
     into = memory[1:-1].reshape(array.shape)
     assembler = Assembler(header_of(array), into)
     for frame in split(array):
