@@ -86,7 +86,7 @@ class Point:
     error: str | None = None
     weights: str = ""  # resident, streamed, or absent: under split the GPU worker alone has them
     embedding: str = ""  # see StatsResponse
-    context_inside: int = 0  # that one session's KV cache holds without leaving the budget
+    context_inside: int = 0  # that one session's KV cache could hold without leaving the budget
     context_admitted: int = 0
     memory_peak: int = 0
     spilled: int = 0  # outside the budget at the end: pads, pages, tiles

@@ -54,7 +54,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     _name_axes(speeds, f"decoding, {result['context']} tokens of prompt", "tokens per second, least to most")
     speeds.set_ylim(bottom=0)
-    _name_axes(contexts, "longest context", "tokens of one session")
+    _name_axes(contexts, "longest context of one session", "tokens")
     if not all(one["error"] for one in result["points"]):  # a logarithmic axis cannot be empty
         contexts.set_yscale("log", base=2)
     contexts.yaxis.set_major_formatter("{x:g}")

@@ -7,8 +7,8 @@ all different. So a wrong row passes with probability at most 2^-32, and after Q
 serves every linear: what the worker learns from an accepted row is nothing, and from a rejected row one excluded
 hyperplane; s is redrawn after a rejection, before the worker is trusted again.
 
-s is not stored: it is the AES-256-CTR key stream of a key from the CSPRNG, expanded SUM_BLOCK outputs at a time. Only the
-first block is kept. c is kept as integers.
+s is not stored: it is the AES-256-CTR key stream of a key from the CSPRNG, expanded SUM_BLOCK outputs at a time; only
+the first block is kept. c is kept as integers.
 
 Exactness: all sums are float64 BLAS on integers with every partial sum below 2^53.
     s: four bytes; |y_q| <= 2^31, so blocks of 2^13 outputs stay below 2^52. Blocks are summed in int64.

@@ -2,12 +2,12 @@
 
 Counts are those of one decoded token (one row, logits wanted) whose context holds `Case.context` tokens, itself
 included. Bytes are those of tensors; a call's envelope, a few dozen bytes, comes on top. MACs are multiply-accumulates
-of matrix products; norms, RoPE, softmax and quantisation are left out. Memory is the arena of the trusted worker as it
-allocates it, block by block: the numbers below that are not from a model are its own, and tests hold the two together.
+of matrix products; norms, RoPE, softmax and quantisation are left out. Memory is the smallest arena of the trusted
+worker with one session, as it divides it (plan.py), block by block; tests hold the two together.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wire.errors import ContextError, InvalidArgumentError
 from wire.kv_pages import KvType, page_words
@@ -16,9 +16,8 @@ from wire.linears import Linear, LinearSpec, all_specs
 from wire.model_config import ModelConfig
 from wire.parameters import parameters
 from wire.plan import Parts, plan, smallest
-from wire.scratch import CHECK_LIMBS, SEGMENT, SUM_LIMBS
+from wire.scratch import CHECK_LIMBS, SEGMENT, SUM_LIMBS, sampling_bytes
 
-PAGE = 4096  # the smallest arena
 TAG = 16  # bytes of the tag of what is sealed
 
 
@@ -49,6 +48,20 @@ class Pads:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """The masked embedding lookup of one row: one more exchange."""
+
+    bytes_up: int
+    bytes_down: int
+    sealed_bytes: int  # more of each pad
+
+    @property
+    def macs(self) -> int:
+        """On the worker, and again to make the pad."""
+        return self.bytes_up * self.bytes_down // WORD**2
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one scheme costs. Parts are bytes, or MACs, by what they are for."""
 
@@ -61,6 +74,7 @@ class Cost:
     macs_worker: Parts
     memory: Parts  # the smallest budget of the trusted worker with one session
     pads: Pads | None = None
+    lookup: Lookup | None = None  # on top, with a pad, where the budget does not hold the embedding table
     start_up: int = 0  # bytes up on every new stream, before its first session
 
 
@@ -75,7 +89,8 @@ def cost(scheme: str, case: Case) -> Cost:
 
 
 def _plain(case: Case) -> Cost:
-    return Cost(1, WORD, WORD * case.config.vocabulary, WORD, 0, {}, _products(case) | _attention(case), {"page": PAGE})
+    work, memory = _products(case) | _attention(case), {"sampling": blocks([sampling_bytes(case.config.vocabulary)])}
+    return Cost(1, WORD, WORD * case.config.vocabulary, WORD, 0, {}, work, memory)
 
 
 def _split(case: Case) -> Cost:
@@ -88,10 +103,12 @@ def _tee_only(case: Case) -> Cost:
 
 def _secure_infer(case: Case) -> Cost:
     checks = sum(SUM_LIMBS * spec.n + CHECK_LIMBS * spec.k for spec in case.specs)
-    sealed = sum(WORD * spec.n + TAG * -(-spec.n // SEGMENT) for spec in case.specs)
+    sealed = sum(_sealed(spec.n) for spec in case.specs)
     pads = Pads(sum(spec.k for spec in case.specs), sum(_products(case).values()), sealed)
     inside = _attention(case) | {"verification": checks}
-    return _linear_by_linear(case, inside, _inside(case, "secure-infer"), pads)
+    config = case.config
+    lookup = Lookup(WORD * config.vocabulary, WORD * config.hidden, _sealed(config.hidden))
+    return replace(_linear_by_linear(case, inside, _inside(case, "secure-infer")), pads=pads, lookup=lookup)
 
 
 def _kv_shield(case: Case) -> Cost:
@@ -114,11 +131,16 @@ SCHEMES: dict[str, tuple[tuple[str, ...], Callable[[Case], Cost]]] = {  # precis
 }
 
 
-def _linear_by_linear(case: Case, inside: Parts, memory: Parts, pads: Pads | None = None) -> Cost:
+def _sealed(outputs: int) -> int:
+    """Bytes of so many words of a pad in the bank."""
+    return WORD * outputs + TAG * -(-outputs // SEGMENT)
+
+
+def _linear_by_linear(case: Case, inside: Parts, memory: Parts) -> Cost:
     up, down = (WORD * sum(sizes) for sizes in zip(*((spec.k, spec.n) for spec in case.specs), strict=True))
     head = case.specs[-1]
     prompt = up - WORD * head.k, down - WORD * head.n
-    return Cost(len(case.specs), up, down, *prompt, inside, _products(case), memory, pads)
+    return Cost(len(case.specs), up, down, *prompt, inside, _products(case), memory)
 
 
 def _products(case: Case) -> Parts:
@@ -142,6 +164,6 @@ def _permuter(config: ModelConfig, crosses: bool) -> Parts:
     """Memory of kv-shield: permutations of the process and of one session, for keys and for values each."""
     table = 4 * config.layers * config.kv_heads * config.head_dim
     norms = [WORD * config.head_dim] * (2 * config.layers if crosses and config.qk_norm else 0)
-    least = max(config.head_dim * config.hidden, page_words(config, KvType.FLOAT32))
-    step = WORD * max(3 * config.q_width + 2 * config.kv_width, least) + (1 << 12)
+    others = config.head_dim * config.hidden, page_words(config, KvType.FLOAT32), 2 * config.vocabulary
+    step = WORD * max(3 * config.q_width + 2 * config.kv_width, *others) + (1 << 12)
     return {"permutations": blocks([table, table]), "norms and biases": blocks(norms), "scratch": blocks([step])}

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trusted_worker.arithmetic import I8, I32
-from trusted_worker.pads import SEGMENT, TAG_BYTES, Bank, Pad, PadReuseError, PadSource, Refill, nonce, row_bytes
-from trusted_worker.secure_memory import SecureMemory
+from trusted_worker.pads import TAG_BYTES, Bank, Pad, PadReuseError, PadSource, Refill, nonce, row_bytes
+from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.errors import VerificationError
-from wire.linears import Linear, LinearSpec
+from wire.linears import LOOKUP_LAYER, Linear, LinearSpec
+from wire.plan import REFILL_ROWS
+from wire.scratch import SEGMENT
 
 CASES = settings(deadline=None, max_examples=200, derandomize=True)
 BOOT, DIGEST = bytes(range(32)), hashlib.sha256(b"model").digest()
@@ -43,12 +46,25 @@ class Shelf:
             spec: random.integers(-127, 128, (spec.n, spec.k)).astype(np.int8) for spec in specs
         }
 
-    def tiles(self, spec: LinearSpec) -> Iterator[tuple[int, I8]]:
+    @contextmanager
+    def tiles(self, spec: LinearSpec, scratch: Scratch) -> Iterator[Iterator[tuple[int, I8]]]:
         """See Weights.tiles."""
-        for first in range(0, spec.n, self._rows):
+        with scratch.frame():
+            yield self._cut(spec, spec.n, self._rows)
+
+    @contextmanager
+    def table(self, scratch: Scratch) -> Iterator[Iterator[tuple[int, I8]]]:
+        """See Weights.table. The matrix of a lookup is kept as the linear that it is: [hidden, vocabulary]."""
+        spec = self.specs[-1]
+        with scratch.frame():
+            yield self._cut(spec, spec.k, self._rows // 4 * 4)
+
+    def _cut(self, spec: LinearSpec, end: int, rows: int) -> Iterator[tuple[int, I8]]:
+        matrix = self.matrix[spec].T if spec.layer == LOOKUP_LAYER else self.matrix[spec]
+        for first in range(0, end, rows):
             if spec == self.breaks_at:
                 raise VerificationError
-            yield first, self.matrix[spec][first : first + self._rows]
+            yield first, matrix[first : first + rows]
 
 
 class Stock:
@@ -61,8 +77,10 @@ class Stock:
         self.shelf = Shelf(self.specs, tile_rows)
         self.source = PadSource(key, DIGEST)
         self.bank = Bank(key, self.specs, rows * row_bytes(self.specs), None)
-        self.memory = SecureMemory(4 << 20)
-        self.refill = Refill(self.source, self.bank, cast(Weights, self.shelf), self.memory)
+        self.memory = SecureMemory(8 << 20)
+        widest = max(1 << 16, *(12 * max(rows, 1) * (spec.k + min(spec.n, SEGMENT)) for spec in self.specs))
+        scratch = Scratch(self.memory, widest + (3 << 20))
+        self.refill = Refill(self.source, self.bank, cast(Weights, self.shelf), self.specs, scratch, REFILL_ROWS)
 
     def fill(self) -> int:
         """Steps until the refill has nothing to do."""
@@ -84,8 +102,8 @@ class Stock:
     def opened(self, pad: Pad, spec: LinearSpec) -> I32:
         """u as the bank gives it."""
         out = np.zeros(spec.n, np.int32)
-        pad.open(spec, out)
-        return out
+        pad.remove(spec, out, Scratch(SecureMemory(1 << 16), 1 << 15))
+        return -out
 
     @property
     def file(self) -> int:
@@ -218,6 +236,24 @@ def test_a_forked_child_gets_no_pads(in_child: Callable[[Callable[[], bool]], bo
     assert in_child(refused)
     source.spend(spec, 0, out)
     assert out.any()
+
+
+@pytest.mark.parametrize("first", [0, 4, 8, 60])
+def test_a_piece_of_a_pad_is_that_piece_of_the_whole(first: int) -> None:
+    source, spec = PadSource(BOOT, DIGEST), _spec(k=64)
+    whole, piece = _write(source, spec, 7), np.empty(64 - first, np.int32)
+    source.write(spec, 7, piece, first)
+    assert (piece == whole[first:]).all()
+
+
+@pytest.mark.parametrize("tile_rows", [4, 37, 1000])
+def test_u_of_a_lookup_is_made_tile_by_tile_of_the_table(tile_rows: int) -> None:
+    """As long as the vocabulary, which is longer than a pad of any linear."""
+    stock = Stock(5, [_spec(), LinearSpec(LOOKUP_LAYER, Linear.LM_HEAD, 1003, 24)], tile_rows)
+    stock.fill()
+    while (pad := stock.bank.take()) is not None:
+        for spec in stock.specs:
+            assert (stock.opened(pad, spec) == stock.expected(spec, pad.index)).all()
 
 
 @pytest.mark.parametrize("tile_rows", [1, 37, 1000])
