@@ -66,16 +66,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_speeds(axes: "Axes", points: Points, long: int | None) -> None:
-    _draw_line(axes, points, CHECKED, 0, _name(points))
+    _draw_line(axes, points, CHECKED, 0, _name(points), zorder=3)  # seen where digests make no difference
     if any(speed["digests"] == "off" for point in points for speed in point["speeds"]):
-        look = {"linestyle": "--", "markerfacecolor": "white"}
+        look: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
         _draw_line(axes, points, UNCHECKED, 0, f"{_name(points)}, digests of tiles unchecked", **look)
     if long is not None:
-        look = {"linestyle": ":", "markersize": "4"}
+        look = {"linestyle": ":", "markersize": 4}
         _draw_line(axes, points, CHECKED, -1, f"{_name(points)}, {long} tokens of prompt", **look)
 
 
-def _draw_line(axes: "Axes", points: Points, digests: tuple[str, ...], which: int, name: str, **look: str) -> None:
+def _draw_line(axes: "Axes", points: Points, digests: tuple[str, ...], which: int, name: str, **look: Any) -> None:
     """Of a point's speeds with such digests the first is behind the usual prompt, the last behind the long one."""
     found = [(one["budget"], [speed for speed in one["speeds"] if speed["digests"] in digests]) for one in points]
     budgets = [budget / MIB for budget, speeds in found if speeds]

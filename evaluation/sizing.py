@@ -11,16 +11,14 @@ from pathlib import Path
 
 from evaluation.flags import INSIDE
 from evaluation.measure import Load
-from wire.costs import TAG, Case, cost
+from wire.costs import Case, cost
 from wire.errors import ExhaustedError
 from wire.kv_pages import PAGE_TOKENS
 from wire.layout import WORD, Demand
-from wire.linears import lookup_spec
 from wire.model_config import ModelConfig
 from wire.parameters import parameters
 from wire.plan import MAX_ROWS, REFILL_ROWS, Plan, plan, smallest
 from wire.profiles import PROFILES
-from wire.scratch import SEGMENT
 
 LEAST_BYTES = 64 << 20
 GPU_WORKER_BYTES, TRUSTED_WORKER_BYTES = 450 << 20, 120 << 20  # resident before there is a model
@@ -59,9 +57,9 @@ def sizes(config: ModelConfig, scheme: str, precision: str, load: Load, availabl
 
 def pad_bank(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
     """Bytes of a bank with the pads of a whole decode phase, masked lookups included."""
-    pads = cost(scheme, Case(config, precision, load.capacity)).pads
-    lookup = lookup_spec(config).n
-    return _stock(load) * (pads.sealed_bytes + WORD * lookup + TAG * -(-lookup // SEGMENT)) if pads else LEAST_BYTES
+    found = cost(scheme, Case(config, precision, load.capacity))
+    sealed = sum(part.sealed_bytes for part in (found.pads, found.lookup) if part)
+    return _stock(load) * sealed or LEAST_BYTES
 
 
 def least(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
@@ -91,7 +89,7 @@ def division(demand: Demand, budget: int) -> Plan | None:
 def _inside(demand: Demand, load: Load, most: int) -> int:
     """The first budget with all weights inside; else the first with whole steps; else one that runs."""
     pages = load.batch * demand.config.layers * -(-load.capacity // PAGE_TOKENS)
-    whole, least = 0, max(LEAST_BYTES, sum(smallest(demand).values()))
+    whole, least = 0, max(LEAST_BYTES, smallest(demand))
     for size in _growing(least, most):
         found = division(demand, size)
         if found is not None and found.slots >= pages and _whole_steps(demand, found):

@@ -145,7 +145,8 @@ def _soak(one: dict[str, Any]) -> list[str]:
     lines += [f"- {one['completed']} answers completed, {one['wrong']} wrong, {one['left']} left by their client"]
     lines += [f"- failed: {_counts(one['failed'])}", f"- faults: {_counts(one['faults'])}"]
     lines += [
-        f"- {role}: {growth['early'] >> 20} MiB early, {growth['late'] >> 20} MiB late, at most {growth['most'] >> 20}"
+        f"- {role}: {growth['early'] >> 20} MiB early, {growth['late'] >> 20} MiB late "
+        f"({growth['limit'] >> 20} allowed), at most {growth['most'] >> 20}"
         if growth
         else f"- {role}: too few samples of its memory"
         for role, growth in one["rss"].items()

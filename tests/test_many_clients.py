@@ -16,16 +16,15 @@ from client.tokenizer import Tokenizer
 from client.turn import Pacing
 from tests.faults.cells import SHORT
 from tests.faults.fleet import DEMO, TRUSTED, Fleet, Footprint, until
-from trusted_worker.model import head_rows
-from trusted_worker.service import MAX_ROWS
 from wire.errors import ExhaustedError
+from wire.plan import HEAD_ROWS
 
 CLIENTS = 32
 COUNT = 20
 LENGTH = 44  # of the answer to SHORT, and a little less than it would be
 CONTEXT = 160
 SECONDS = 60.0
-ROWS = head_rows(MAX_ROWS)  # sessions of one step
+ROWS = HEAD_ROWS  # sessions of one step
 VANISHING = range(3, CLIENTS, 5)
 
 

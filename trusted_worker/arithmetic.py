@@ -73,21 +73,12 @@ def rotate(x: F32, positions: I32, frequencies: F32, interleaved: bool = False) 
         rows = slice(start, start + block)
         angles = positions[rows].astype(np.float32)[:, None, None] * frequencies
         cos, sin = np.cos(angles), np.sin(angles)
-        before = low[rows].copy()
-        low[rows] = before * cos - high[rows] * sin
-        high[rows] = high[rows] * cos + before * sin
-
-
-def attend(q: F32, keys: F32, values: F32, out: F32) -> None:
-    """One row's attention: q float32[h, d] over float32[g, t, d] keys and values into out float32[h, d]."""
-    groups, _, dim = keys.shape
-    grouped = q.reshape(groups, -1, dim)
-    scores = np.matmul(grouped, keys.transpose(0, 2, 1))
-    scores *= np.float32(dim**-0.5)
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    np.matmul(scores, values, out=out.reshape(grouped.shape))
+        x_low, x_high = low[rows], high[rows]
+        before = x_low.copy()
+        x_low *= cos
+        x_low -= x_high * sin
+        x_high *= cos
+        x_high += before * sin
 
 
 def silu_times(gate_up: F32, scratch: Scratch) -> F32:

@@ -24,7 +24,7 @@ from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.verification import Verifier
 from trusted_worker.weights import Weights
 from wire.checkpoint import Checkpoint
-from wire.errors import CheckpointError, ExhaustedError, PreconditionError
+from wire.errors import CheckpointError, PreconditionError
 from wire.kv_pages import KvType
 from wire.layout import Demand
 from wire.linears import all_specs, lookup_spec

@@ -39,6 +39,7 @@ class Cache(Protocol):
 
     capacity: int
     length: int
+    failed: bool  # an error of a step was about this sequence, not about others in its batch
 
     def commit(self, tokens: int) -> None:
         """These tokens are part of the sequence now."""

@@ -15,7 +15,7 @@ class RemoteCache:
 
     def __init__(self, worker: Worker, sequence: int, tokens: int, kind: KvType) -> None:
         self._worker, self.sequence, self._kind = worker, sequence, kind
-        self.capacity, self.length = tokens, 0
+        self.capacity, self.length, self.failed = tokens, 0, False
         self.reserve()
 
     def reserve(self) -> None:

@@ -397,31 +397,6 @@ def test_a_permutation_before_rope_changes_the_scores_and_one_after_it_does_not(
     assert error[1] < 1e-6
 
 
-@given(st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(1, 33), st.sampled_from([0.1, 1.0, 60.0]))
-@CASES
-def test_attention_is_softmax_of_scaled_scores(heads: tuple[int, int], tokens: int, size: float) -> None:
-    h, g = heads
-    random = _random(tokens)
-    q = (random.standard_normal((h, 8)) * size).astype(np.float32)
-    keys, values = random.standard_normal((2, g, tokens, 8)).astype(np.float32)
-    out = np.empty((h, 8), np.float32)
-    arithmetic.attend(q, keys, values, out)
-    for head in range(h):
-        scores = keys[head // (h // g)].astype(np.float64) @ q[head].astype(np.float64) / np.sqrt(8)
-        weights = np.exp(scores - scores.max())
-        expected = weights / weights.sum() @ values[head // (h // g)].astype(np.float64)
-        np.testing.assert_allclose(out[head], expected, atol=1e-4)
-
-
-def test_attention_does_not_depend_on_the_room_behind_the_prefix() -> None:
-    random = _random(5)
-    q, out, again = random.standard_normal((3, 4, 8)).astype(np.float32)
-    wide = random.standard_normal((2, 2, 50, 8)).astype(np.float32)
-    arithmetic.attend(q, wide[0, :, :7], wide[1, :, :7], out)
-    arithmetic.attend(q, wide[0, :, :7].copy(), wide[1, :, :7].copy(), again)
-    assert (out == again).all()
-
-
 @given(hnp.arrays(np.float32, (2, 12), elements=st.floats(-1e4, 1e4, width=32)))
 @CASES
 def test_silu_times_is_the_textbook_one(scratch: Scratch, gate_up: F32) -> None:

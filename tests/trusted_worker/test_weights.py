@@ -17,10 +17,10 @@ from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Tile, Weights
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError, ExhaustedError, ParkedError, VerificationError
+from wire.layout import Layout
 from wire.linears import LinearSpec
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, parameters, read
-from wire.layout import Layout
 from wire.quantize import quantize_rows
 
 Folder = Callable[[str], Path]
@@ -120,9 +120,7 @@ def test_embedding_rows_are_those_of_the_table(model_folder: Folder, name: str, 
     assert (shelf.embed(ids) == expected[ids]).all()
 
 
-def test_what_a_scan_reads_does_not_depend_on_the_tokens(
-    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_scan_reads_does_not_depend_on_the_tokens(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf(model_folder("qwen2"), PARKED)
     reads: list[list[tuple[int, int]]] = []
     preadv = os.preadv
@@ -186,9 +184,7 @@ def test_a_change_goes_unnoticed_only_where_that_was_asked_for(model_folder: Fol
 
 
 @pytest.mark.parametrize("store", ["digested", "sealed"])
-def test_a_full_disk_is_said_while_loading(
-    model_folder: Folder, store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_said_while_loading(model_folder: Folder, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 

@@ -8,7 +8,7 @@ sees, because every r is used once (pads.py). What it learns: shapes, the number
 order and time of calls, and which rows came without an exchange only by their absence. Not the scales s_x, not the
 tokens, not the KV cache, not the results: u never leaves.
 What breaks it: a pad used twice (z - z' = x_q - x_q'), a predictable boot key, a snapshot or clone of an emulated
-process, side channels of the TEE. A wrong result passes verification with probability 1/P each (verification.py).
+process, side channels of the TEE. A wrong row passes verification with probability at most 2^-32 (verification.py).
 
 Steps, by the numbers that the documents use too; m rows, k inputs, n outputs:
  1. Quantise: x_q = round(x / s_x), one s_x per row, as fine as the ring allows; no product reaches 2^30.
