@@ -8,7 +8,7 @@
     |- DeniedError               PERMISSION_DENIED    an operation or policy that this process refuses
     |- UnauthenticatedError      UNAUTHENTICATED      no evidence, bad evidence, unknown session
     |- VerificationError         DATA_LOSS            a product or a seal failed its check; never retried silently
-    |  `- ParkedError                                 ... of our own disk, not of the GPU worker
+    |  `- ParkedError            DATA_LOSS            the same of our own disk: not the GPU worker's doing
     |- UnavailableError          UNAVAILABLE          the peer is gone or draining
     |- DeadlineError             DEADLINE_EXCEEDED    the peer did not answer in time
     `- CheckpointError           FAILED_PRECONDITION  a model folder that cannot be read; local, never sent by a peer

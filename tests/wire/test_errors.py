@@ -7,14 +7,14 @@ import grpc
 import pytest
 
 from wire import errors
-from wire.errors import CheckpointError, CleaveError, UnavailableError, VerificationError, from_status
+from wire.errors import CheckpointError, CleaveError, ParkedError, UnavailableError, VerificationError, from_status
 
 KINDS = [
     kind
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, CleaveError) and kind is not CleaveError
 ]
-SENT = [kind for kind in KINDS if kind is not CheckpointError]
+SENT = [kind for kind in KINDS if kind not in (CheckpointError, ParkedError)]
 
 
 @pytest.mark.parametrize("kind", SENT, ids=lambda kind: kind.__name__)
@@ -51,6 +51,11 @@ def test_every_status_becomes_an_error_of_our_tree(code: grpc.StatusCode, detail
 def test_verification_failures_have_one_text_whatever_the_peer_says() -> None:
     assert str(from_status(grpc.StatusCode.DATA_LOSS, "row 5 was wrong")) == str(VerificationError())
     assert str(VerificationError()) == str(VerificationError())
+
+
+def test_what_was_parked_fails_like_any_verification_for_a_peer() -> None:
+    assert type(from_status(ParkedError.code, str(ParkedError()))) is VerificationError
+    assert str(ParkedError()) == str(VerificationError())
 
 
 def test_a_checkpoint_error_is_local() -> None:
