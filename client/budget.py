@@ -1,6 +1,6 @@
 """`cleave budget`: what a model would cost under every scheme. Nothing is run, and no weights are needed.
 
-The numbers are those of wire/costs.py. With --json they are one object: `model`, `context`, `stock`,
+The numbers are those of client/costs.py. With --json they are one object: `model`, `context`, `stock`,
 `kv_bytes_per_token` and `kv_bytes` (of the whole context) by element type, and `schemes`: by name, `precision`,
 `exchanges`, `bytes_up`, `bytes_down`, `prompt_bytes_up`, `prompt_bytes_down` (of one prompt row), `start_bytes_up`
 (on every new stream, before its first session), `macs_trusted` and `macs_worker` (by purpose), `memory_budget` and
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from client.costs import SCHEMES, Case, Cost, cost
 from client.shapes import SHAPES, shape
 from client.terminal import size
-from wire.costs import SCHEMES, Case, Cost, cost
 from wire.errors import CheckpointError
 from wire.kv_pages import KvType, token_bytes
 from wire.model_config import ModelConfig, read_json

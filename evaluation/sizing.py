@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.costs import Case, cost
 from evaluation.flags import INSIDE
 from evaluation.measure import Load
-from wire.costs import Case, cost
 from wire.errors import ExhaustedError
 from wire.kv_pages import PAGE_TOKENS
 from wire.layout import WORD, Demand

@@ -1,4 +1,4 @@
-"""What the engine knows of a sequence's memory, and the caches that lie in the arena, page by page.
+"""Caches that lie in the arena, page by page.
 
 All pages are equally large, and lie in the slots of one pool: nothing is ever lost to gaps. A page is full and never
 changes again, or it is the tail, which stays in the arena as long as its sequence lives. When the pool has no free
@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from functools import partial
 from heapq import heappop, heappush
-from typing import Protocol
 
 import numpy as np
 
@@ -32,33 +31,6 @@ KV = 1  # the kind of these pages
 _PARKED = -1  # in the place of a slot; also of pages that no token sees any more
 _PIECE = 16  # tokens converted at once: what bounds their temporaries
 _WORTHWHILE = 1 << 20  # rows that attend, times bytes of a page: below, a second thread costs more than it saves
-
-
-class Cache(Protocol):
-    """A sequence's memory, wherever the scheme keeps it."""
-
-    capacity: int
-    length: int
-    failed: bool  # an error of a step was about this sequence, not about others in its batch
-
-    def commit(self, tokens: int) -> None:
-        """These tokens are part of the sequence now."""
-        ...
-
-    def rest(self) -> None:
-        """The turn is over: nothing will be asked of this sequence for a while."""
-        ...
-
-    def wake(self, tokens: int) -> int:
-        """The sequence takes part in the next step with up to `tokens` tokens; how many it can take now, at least one.
-
-        Raises what makes that impossible, for this sequence only.
-        """
-        ...
-
-    def free(self) -> None:
-        """Wipe and give back."""
-        ...
 
 
 class PagePool:

@@ -13,7 +13,8 @@ import numpy as np
 from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32
 from trusted_worker.attention import attend
-from trusted_worker.kv_cache import Cache, KVCache
+from trusted_worker.cache import Cache
+from trusted_worker.kv_cache import KVCache
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire.linears import Linear, LinearSpec

@@ -5,9 +5,9 @@ import secrets
 
 from trusted_worker import metrics
 from trusted_worker.assembly import Assembled, assemble
+from trusted_worker.cache import Cache
 from trusted_worker.config import Settings
 from trusted_worker.engine import Engine
-from trusted_worker.kv_cache import Cache
 from trusted_worker.metrics import Latencies
 from trusted_worker.offload import GpuWorker
 from trusted_worker.process_limit import ProcessLimit

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from trusted_worker.arithmetic import F32
-from trusted_worker.kv_cache import Cache
+from trusted_worker.cache import Cache
 from trusted_worker.metrics import Latencies
 from trusted_worker.sampling import Sampler
 from trusted_worker.secure_memory import Scratch

@@ -44,7 +44,7 @@ class ShieldedCache(RemoteCache):
         super().__init__(worker, sequence, tokens, kind)
 
     def commit(self, tokens: int) -> None:
-        """See kv_cache.Cache."""
+        """See cache.Cache."""
         super().commit(tokens)
         self.since += tokens
 

@@ -12,8 +12,8 @@ import pytest
 
 from client import flags
 from client.__main__ import main
+from client.costs import SCHEMES, cost
 from client.shapes import SHAPES
-from wire.costs import SCHEMES, cost
 from wire.profiles import holding
 
 Output = pytest.CaptureFixture[str]

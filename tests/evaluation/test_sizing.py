@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from client.costs import Case, cost
 from client.shapes import SHAPES, shape
 from evaluation.flags import INSIDE, ROWS
 from evaluation.measure import Load
 from evaluation.sizing import LEAST_BYTES, available_bytes, curve_budgets, division, least, pad_bank, sizes
-from wire.costs import Case, cost
 from wire.errors import ContextError
 from wire.layout import Demand
 from wire.linears import all_specs, lookup_spec

@@ -45,24 +45,24 @@ class FakeCache:
     failed: bool = False
 
     def commit(self, tokens: int) -> None:
-        """See kv_cache.Cache."""
+        """See cache.Cache."""
         assert not self.freed
         self.length += tokens
         assert self.length <= self.capacity
 
     def rest(self) -> None:
-        """See kv_cache.Cache."""
+        """See cache.Cache."""
         assert not self.freed
         self.rests += 1
 
     def wake(self, tokens: int) -> int:
-        """See kv_cache.Cache."""
+        """See cache.Cache."""
         assert not self.freed
         self.wakes += 1
         return tokens
 
     def free(self) -> None:
-        """See kv_cache.Cache."""
+        """See cache.Cache."""
         self.freed += 1
 
 

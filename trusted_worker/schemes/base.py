@@ -5,7 +5,8 @@ from typing import Protocol
 import numpy as np
 
 from trusted_worker.arithmetic import F32, F64, I32, exact_product
-from trusted_worker.kv_cache import Cache, KVCache, PagePool
+from trusted_worker.cache import Cache
+from trusted_worker.kv_cache import KVCache, PagePool
 from trusted_worker.model import Accept, Batch, Decoder
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.attestation.policy import Policy
+from client.costs import SCHEMES, Case, Cost, cost
 from client.session import Counters, Request, TrustedWorker, connect
 from client.shapes import SHAPES, shape
 from client.turn import Pacing
@@ -20,7 +21,6 @@ from trusted_worker.config import parse
 from trusted_worker.offload import GpuWorker
 from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.service import Service
-from wire.costs import SCHEMES, Case, Cost, cost
 from wire.errors import ContextError, ExhaustedError, InvalidArgumentError
 from wire.kv_pages import KvType, token_bytes
 from wire.layout import ALIGNMENT
