@@ -3,10 +3,11 @@
 The numbers are those of client/costs.py. With --json they are one object: `model`, `context`, `stock`,
 `kv_bytes_per_token` and `kv_bytes` (of the whole context) by element type, and `schemes`: by name, `precision`,
 `exchanges`, `bytes_up`, `bytes_down`, `prompt_bytes_up`, `prompt_bytes_down` (of one prompt row), `start_bytes_up`
-(on every new stream, before its first session), `macs_trusted` and `macs_worker` (by purpose), `memory_budget` and
-`memory_parts` (bytes), `fits_in` (names of the TEE profiles of a known size that hold it, from the smallest), `pad`
-(`words`, `macs`, `sealed_bytes`, `bank_bytes`; null without pads), `link_tokens_per_second` (null without a link, or
-without exchanges).
+(on every new stream, before its first session), `lookup` (`bytes_up`, `bytes_down`, `sealed_bytes` of each pad, on top
+where the memory budget does not hold the embedding table; null without pads), `macs_trusted` and `macs_worker` (by
+purpose), `memory_budget` and `memory_parts` (bytes), `fits_in` (names of the TEE profiles of a known size that hold it,
+from the smallest), `pad` (`words`, `macs`, `sealed_bytes`, `bank_bytes`; null without pads), `link_tokens_per_second`
+(null without a link, or without exchanges).
 """
 
 import argparse
@@ -26,7 +27,8 @@ from wire.profiles import PROFILES, holding
 Show = Callable[[float], str]
 _NOTES = """
 Per decoded token: one row, logits wanted, the token itself counted in the context. A prompt row: its logits are not
-wanted; a pass over up to 64 rows makes as many exchanges as one row. Bytes are those of tensors: the envelope of a
+wanted; a pass over up to 64 rows makes as many exchanges as one row. Masked lookup: one more exchange for each row with
+a pad, where the memory budget does not hold the embedding table. Bytes are those of tensors: the envelope of a
 call, some dozens of bytes, comes on top. MACs are those of matrix products. secure-infer: with a pad in stock.
 Smallest memory: the least --memory-budget of the trusted worker, divided as it divides it; interpreter, libraries and
 numpy's temporaries lie outside. Where the decoder runs inside (secure-infer, split, tee-only) it has room for one row,
@@ -95,6 +97,7 @@ def _scheme(found: Cost, case: Case, options: argparse.Namespace) -> dict[str, A
         "memory_budget": sum(found.memory.values()),
         "memory_parts": found.memory,
         "fits_in": holding(sum(found.memory.values())),
+        "lookup": found.lookup and vars(found.lookup),
         "pad": pads and {**vars(pads), "bank_bytes": case.stock * pads.sealed_bytes},
         "link_tokens_per_second": 1 / seconds if seconds else None,
     }
@@ -119,6 +122,7 @@ def table(result: Mapping[str, Any]) -> str:
         *_sizes("bytes up per prompt row", "prompt_bytes_up", columns),
         *_sizes("bytes down per prompt row", "prompt_bytes_down", columns),
         *_sizes("bytes up once, at the start", "start_bytes_up", columns),
+        *_lookups(columns),
         *_parts("MACs of the trusted worker", "macs_trusted", columns, macs),
         *_parts("MACs of the GPU worker", "macs_worker", columns, macs),
         *_parts("smallest memory, trusted worker", "memory_parts", columns, size),
@@ -159,6 +163,14 @@ def _parts(name: str, key: str, columns: Iterable[Mapping[str, Any]], show: Show
     sums = [sum(one[key].values()) for one in columns]
     total = _line(name, (show(count) if count else "-" for count in sums))
     return [total, *(_line(f"  {part}", line) for part, line in cells.items())]
+
+
+def _lookups(columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    found = [one["lookup"] for one in columns]
+    if not any(found):
+        return []
+    keys = {"masked lookup, bytes up": "bytes_up", "masked lookup, bytes down": "bytes_down"}
+    return [_line(name, (size(one[key]) if one else "-" for one in found)) for name, key in keys.items()]
 
 
 def _pads(stock: int, columns: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from tests.conftest import build, one_run
+from tests.conftest import build, forward, one_run
 from tests.simulators.workers import CheatingWorker, Words
 from wire.errors import VerificationError
 
@@ -50,7 +50,7 @@ def test_sessions_come_and_go_for_a_long_time(model_folder: Callable[[str], Path
         cache = rig.scheme.open(32)
         worker.cheat = lie if pick.random() < 0.05 else None
         try:
-            logits = rig.scheme.forward(one_run(cache, ids, 0))
+            logits = forward(rig.scheme, one_run(cache, ids, 0))
             assert np.array_equal(logits, plain.logits(ids, [len(ids)]))
         except VerificationError:
             rig.scheme.distrust()

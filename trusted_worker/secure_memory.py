@@ -1,7 +1,8 @@
 """The memory budget: one private anonymous mapping of exactly the budget.
 
-It holds weights, KV cache, verification vectors, refill and the scratch of a step. Not inside: keys, token ids, logits
-and numpy's temporaries, a few MiB of ordinary memory.
+It holds weights, KV pages, verification vectors, what makes pads, and the scratch of a step, logits included; how it is
+divided is wire/plan.py's rule. Not inside: keys, token ids, embeddings that a client sent, and numpy's small temporaries,
+below 1 MiB.
 
 `allocate` hands out blocks first-fit, tagged with their owner; `free` wipes a block before anyone can get it again.
 `Scratch` is one such block, bump-allocated: what a step asks for is gone when its frame ends.

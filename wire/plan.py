@@ -18,7 +18,7 @@ from wire.linears import all_specs
 from wire.parameters import Kind, parameters
 from wire.scratch import CHECK_LIMBS, SUM_BLOCK, SUM_LIMBS, refill_bytes, step_bytes
 
-MAX_ROWS = 64  # of one step
+MAX_ROWS, FEW_ROWS = 64, 8  # of one step
 HEAD_ROWS = 16  # sequences of one step whose logits are wanted
 REFILL_ROWS = 256  # pads made at once
 
@@ -85,7 +85,10 @@ def _layouts(demand: Demand) -> Iterator[tuple[Layout, int]]:
 
 
 def _divided(demand: Demand, layout: Layout, rows: int, made: int, budget: int) -> Plan | None:
-    """This division, if a session fits, and if nothing is larger than its share unless it is as small as can be."""
+    """This division, if a session fits, and if nothing is larger than its share unless it is small enough.
+
+    A step of a few rows is: where weights are parked, each step reads all of them.
+    """
     fixed = _fixed(demand, layout)
     left = budget - sum(fixed.values())
     head, alone = min(rows, HEAD_ROWS), step_bytes(demand, layout, rows, 1)
@@ -94,7 +97,7 @@ def _divided(demand: Demand, layout: Layout, rows: int, made: int, budget: int) 
     scratch, refill = blocks([step_bytes(demand, layout, rows, head)]), _refill(demand, layout, made)
     slots = (left - scratch - refill) // ALIGNMENT * ALIGNMENT // demand.page
     share = left * 3 // 8
-    if slots < demand.config.layers or (scratch > share and rows > 1) or (refill > share and made > 1):
+    if slots < demand.config.layers or (scratch > share and rows > FEW_ROWS) or (refill > share and made > 1):
         return None
     parts = fixed | {"scratch": scratch, "refill": refill, "kv cache": blocks([slots * demand.page])}
     return Plan(layout, rows, head, scratch, made, refill, slots, parts)

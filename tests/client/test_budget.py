@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"model", "context", "stock", "kv_bytes_per_token", "kv_bytes", "schemes"}
 SCHEME_KEYS = {
     "precision", "exchanges", "bytes_up", "bytes_down", "prompt_bytes_up", "prompt_bytes_down", "start_bytes_up",
+    "lookup",
     "macs_trusted", "macs_worker", "memory_budget", "memory_parts", "fits_in", "pad", "link_tokens_per_second",
 }  # fmt: skip
 
@@ -55,7 +56,7 @@ def test_json_has_every_key_of_every_scheme(capsys: Output) -> None:
         assert found["precision"] == ("float32" if scheme == "kv-shield" else "int8")
         assert found["memory_budget"] == sum(found["memory_parts"].values())
         assert found["fits_in"] == holding(found["memory_budget"])
-        assert (found["pad"] is None) == (scheme != "secure-infer")
+        assert (found["pad"] is None) == (found["lookup"] is None) == (scheme != "secure-infer")
         assert found["link_tokens_per_second"] is None
     pad = budget(capsys, "shape:llama2-7b", "--stock", "10")["schemes"]["secure-infer"]["pad"]
     assert set(pad) == {"words", "macs", "sealed_bytes", "bank_bytes"}

@@ -12,7 +12,7 @@ import torch
 from client.tokenizer import Tokenizer
 from models.demo.corpus import FOLDER, read_held_out, read_text
 from models.demo.evaluate import find_known
-from tests.conftest import Rig, build, transformers_logits
+from tests.conftest import Rig, build, forward, transformers_logits
 from trusted_worker.model import Batch, Run
 
 HELD_OUT = read_held_out(FOLDER / "heldout.jsonl")
@@ -116,7 +116,7 @@ def answers(rig: Rig, questions: list[str]) -> list[str]:
     while open_ones := [i for i, ids in enumerate(said) if len(ids) < 100 and not set(ids) & set(rig.config.eos)]:
         for part in range(0, len(open_ones), 4 if len(pending[open_ones[0]]) > 1 else BATCH):
             members = open_ones[part : part + (4 if len(pending[open_ones[0]]) > 1 else BATCH)]
-            for i, row in zip(members, rig.scheme.forward(batch(caches, pending, members)), strict=True):
+            for i, row in zip(members, forward(rig.scheme, batch(caches, pending, members)), strict=True):
                 pending[i] = [int(row.argmax())]
                 said[i] += pending[i]
     for cache in caches:
@@ -128,6 +128,7 @@ def batch(caches: list[Any], pending: list[list[int]], members: list[int]) -> Ba
     """The pending tokens of some sequences, with logits for the last one of each."""
     runs, ids = [], list[int]()
     for i in members:
+        assert caches[i].wake(len(pending[i])) == len(pending[i])
         runs.append(Run(caches[i], len(ids), len(ids) + len(pending[i]), caches[i].length))
         ids += pending[i]
     return Batch(np.array(ids, np.int32), tuple(runs), np.array([run.stop - 1 for run in runs], np.int32))

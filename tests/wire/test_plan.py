@@ -1,0 +1,90 @@
+"""How a budget is divided: every division adds up, the smallest is the smallest, and more is never worse for long."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.shapes import SHAPES, shape
+from wire.errors import ExhaustedError
+from wire.kv_pages import KvType
+from wire.layout import Demand
+from wire.linears import all_specs
+from wire.plan import HEAD_ROWS, MAX_ROWS, REFILL_ROWS, plan, smallest
+from wire.profiles import PROFILES
+from wire.scratch import refill_bytes, step_bytes
+
+CASES = settings(deadline=None, max_examples=40, derandomize=True)
+SCHEMES = [
+    ("tee-only", "int8"),
+    ("tee-only", "float32"),
+    ("split", "int8"),
+    ("split", "float32"),
+    ("secure-infer", "int8"),
+]
+demands = st.builds(
+    lambda name, scheme, kv, stock, client: Demand(shape(name), *scheme, kv, stock, client),
+    st.sampled_from(["gpt2", "qwen2.5-0.5b", "tinyllama-1.1b", "llama2-7b"]),
+    st.sampled_from(SCHEMES),
+    st.sampled_from(KvType),
+    st.sampled_from([0, 1, 5, 1000]),
+    st.booleans(),
+)
+
+
+@given(demands, st.floats(1, 200))
+@CASES
+def test_a_division_adds_up_and_holds_a_session(demand: Demand, times: float) -> None:
+    budget = int(smallest(demand) * times)
+    found = plan(demand, budget)
+    assert sum(found.parts.values()) <= budget
+    assert budget - sum(found.parts.values()) <= demand.page  # nothing is left that could be a page
+    assert demand.config.layers <= found.slots
+    assert 1 <= found.head_rows <= min(found.rows, HEAD_ROWS)
+    assert found.rows <= MAX_ROWS
+    assert (found.refill_rows == 0) == (demand.scheme != "secure-infer")
+    assert found.refill_rows <= min(REFILL_ROWS, max(demand.stock, 1))
+    assert found.scratch >= step_bytes(demand, found.layout, found.rows, found.head_rows)
+    assert found.refill >= refill_bytes(demand, found.layout, found.refill_rows)
+
+
+@given(demands)
+@CASES
+def test_less_than_the_smallest_budget_is_refused_with_what_would_do(demand: Demand) -> None:
+    least = smallest(demand)
+    plan(demand, least)
+    for less in (64, least // 2, least - 1):
+        with pytest.raises(ExhaustedError, match=f"{least} bytes would do"):
+            plan(demand, least - less)
+
+
+@given(demands)
+@CASES
+def test_what_is_resident_is_all_that_a_step_multiplies_with(demand: Demand) -> None:
+    """A budget of twice the model keeps everything; the smallest of a real model keeps no matrix."""
+    weights = demand.width * sum(spec.k * spec.n for spec in all_specs(demand.config))
+    large = plan(demand, 8 * weights + smallest(demand))
+    inside = demand.scheme != "split"
+    assert large.layout.embed == ("client" if demand.client_embeds else "resident")
+    assert large.layout.linears == ("resident" if inside else "scales" if demand.int8 else "absent")
+    small = plan(demand, smallest(demand))
+    assert small.parts["weights"] == small.parts["embedding"] == 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_can_be_planned(name: str) -> None:
+    for scheme, precision in SCHEMES:
+        demand = Demand(shape(name), scheme, precision)
+        assert plan(demand, smallest(demand)).slots >= demand.config.layers
+
+
+def test_the_models_that_are_promised_fit_the_profiles_that_are_promised() -> None:
+    """A model of half a billion parameters in a phone's TEE: 64 MiB, and 14 MiB, with lookups; int8 pages hold more."""
+    demand = Demand(shape("qwen2.5-0.5b"), "secure-infer", "int8")
+    for profile in ("optee", "trustzone"):
+        found = plan(demand, PROFILES[profile].bytes)
+        assert (found.layout.embed, found.layout.linears) == ("scan", "parked")
+        assert demand.looks_up(found.layout)
+        assert plan(replace(demand, kv=KvType.INT8), PROFILES[profile].bytes).slots > 3 * found.slots
+    assert plan(replace(demand, scheme="tee-only"), PROFILES["optee"].bytes).rows >= 8
