@@ -1,7 +1,7 @@
 """The memory budget: one private anonymous mapping of exactly the budget.
 
 It holds weights, KV pages, verification vectors, what makes pads, and the scratch of a step, logits included; how it is
-divided is wire/plan.py's rule. Not inside: keys, token ids, embeddings that a client sent, and numpy's small temporaries,
+divided is wire/plan.py's rule. Not inside: keys, token ids, embeddings that a client sent, and numpy's temporaries,
 below 1 MiB.
 
 `allocate` hands out blocks first-fit, tagged with their owner; `free` wipes a block before anyone can get it again.
