@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trusted,gpu,client,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trusted,gpu,client,tdx,measure,dev]'
 	@touch $@
 
 chat: install

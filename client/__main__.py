@@ -1,4 +1,5 @@
-"""`cleave`: chat, up, budget, doctor. Every error that we know of is one line on stderr and a non-zero exit status.
+"""`cleave`: chat, up, budget, attest, doctor. Every error that we know of is one line on stderr and a non-zero
+exit status.
 
 Commands are imported when they run: `cleave doctor` and `cleave budget` must work where half of the packages are
 missing.
@@ -51,6 +52,10 @@ def _run(options: argparse.Namespace) -> int:
         from client import budget
 
         return budget.run(options)
+    if options.command == "attest":
+        from client.attestation import command
+
+        return command.run(options)
     from client import talk, up
 
     return talk.run(options) if options.command == "chat" else up.run(options)

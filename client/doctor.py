@@ -25,6 +25,7 @@ _PACKAGES = {  # and who needs them
     "numba": "the GPU worker",
     "tokenizers": "the client",
     "jinja2": "the client",
+    "cryptography": "the client",
 }
 _CPU_FLAGS = {
     "avx2": "int8 products and attention are several times slower without it",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from client.attestation.arguments import add_attest
 from wire.profiles import PROFILES
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -42,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     up = commands.add_parser("up", help="run both workers until stopped, for `cleave chat --connect`")
     _add_up(up)
     _add_budget(commands.add_parser("budget", help="what a model costs under every scheme; runs nothing"))
+    add_attest(commands.add_parser("attest", help="verify evidence, measure images"), Parser)
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     options = parser.parse_args(argv)
     if options.command in ("chat", "up"):

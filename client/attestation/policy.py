@@ -1,17 +1,21 @@
 """The attestation policy: what a peer must prove before this client sends it anything.
 
 `verify` is the only code that makes a `VerifiedPeer`, and every call that carries a prompt needs one. It fails
-closed: an unknown provider, and provider "none" anywhere but on this machine, are refused.
+closed: evidence that no policy file accepts, and provider "none" anywhere but on this machine, are refused.
 
 Provider "none" is an ordinary process (emulation). It proves nothing: accepting it is a statement about where the
-process runs, so `verified` stays False and the client says so after every answer.
+process runs, so `verified` stays False and the client says so after every answer. Provider "simulated" proves no more,
+and `verified` is False for it too: its evidence has the real form, under a root that somebody on this machine made.
 """
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
+from datetime import UTC, datetime
 from typing import Final
 
+from client.attestation.rules import SIMULATED, TDX, Rules
+from wire import binding
 from wire.channel import is_local
-from wire.errors import UnauthenticatedError
+from wire.errors import DeniedError, UnauthenticatedError
 
 UNATTESTED = "none"
 _SEAL: Final = object()  # only `verify` holds it
@@ -19,9 +23,22 @@ _SEAL: Final = object()  # only `verify` holds it
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user accepts beyond verified evidence."""
+    """What the user accepts."""
 
     allow_unattested: bool = False  # --insecure-unattested: provider "none" on another machine
+    rules: Rules | None = None  # of a policy file: evidence is then required
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a peer answered to Attest, and the nonce that it was asked with. Nothing in it is trusted."""
+
+    nonce: bytes
+    evidence: bytes  # report or quote
+    hpke_key: bytes
+    claims: bytes  # canonical JSON, as it came
+    certificates: tuple[bytes, ...] = ()
+    collateral: tuple[bytes, ...] = ()  # SEV-SNP: revocation lists; TDX: one JSON object
 
 
 @dataclass(frozen=True)
@@ -30,20 +47,41 @@ class VerifiedPeer:
 
     target: str
     provider: str
-    verified: bool  # whether evidence was checked; False for provider "none"
-    seal: InitVar[object]
+    verified: bool  # whether hardware evidence was checked; False for providers "none" and "simulated"
+    hpke_key: bytes = b""  # the evidence is bound to it; empty for provider "none"
+    claims: bytes = b""  # matched with the policy; empty for provider "none"
+    seal: InitVar[object] = field(kw_only=True)
 
     def __post_init__(self, seal: object) -> None:
         if seal is not _SEAL:
             raise TypeError("only client.attestation.policy.verify makes a VerifiedPeer")
 
 
-def verify(target: str, provider: str, policy: Policy) -> VerifiedPeer:
-    """Judge what a peer answered to Attest. Raises UnauthenticatedError with what to do about it."""
+def verify(
+    target: str, provider: str, policy: Policy, offer: Offer | None = None, at: datetime | None = None
+) -> VerifiedPeer:
+    """Judge what a peer answered to Attest. `at` is now, if nothing is said.
+
+    Raises UnauthenticatedError, and its kind Refusal, with what to do about it; DeniedError for a simulated TEE on
+    another machine. Nothing may be sent to the peer then.
+    """
+    if policy.rules is None:
+        return _unattested(target, provider, policy)
+    if provider == SIMULATED and not is_local(target):
+        raise DeniedError(f"{target} offers simulated evidence and is not on this machine; nothing was sent")
+    if offer is None:
+        raise UnauthenticatedError(
+            f"{target} gives no evidence (provider {provider[:32]!r}), and the policy file wants it; nothing was sent"
+        )
+    _check_offer(provider, policy.rules, offer, at or datetime.now(UTC))
+    return VerifiedPeer(target, provider, provider != SIMULATED, offer.hpke_key, offer.claims, seal=_SEAL)
+
+
+def _unattested(target: str, provider: str, policy: Policy) -> VerifiedPeer:
     if provider != UNATTESTED:
         raise UnauthenticatedError(
-            f"this client cannot verify evidence of provider {provider[:32]!r}; nothing was sent: "
-            "use a client that knows this provider"
+            f"this client cannot verify evidence of provider {provider[:32]!r} without a policy file; "
+            "nothing was sent: say with one what you accept"
         )
     if not (is_local(target) or policy.allow_unattested):
         raise UnauthenticatedError(
@@ -51,3 +89,20 @@ def verify(target: str, provider: str, policy: Policy) -> VerifiedPeer:
             "loopback address, or pass --insecure-unattested to send your prompts to it in the clear"
         )
     return VerifiedPeer(target, provider, verified=False, seal=_SEAL)
+
+
+def _check_offer(provider: str, rules: Rules, offer: Offer, at: datetime) -> None:
+    """Evidence first: claims mean nothing before it. Raises Refusal."""
+    from client.attestation.claims import match  # and cryptography below, which a chat without evidence does not need
+    from client.attestation.examine import examine
+    from client.attestation.snp_case import SnpEvidence
+    from client.attestation.tdx import TdxEvidence
+
+    expected = binding.report_data(provider, offer.nonce, offer.hpke_key, offer.claims)
+    evidence = (
+        TdxEvidence(offer.evidence, b"".join(offer.collateral[:1]))
+        if provider == TDX
+        else SnpEvidence(offer.evidence, offer.certificates, offer.collateral)
+    )
+    examine(provider, evidence, rules, at, expected)
+    match(rules.claims, offer.claims, provider)
