@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import tempfile
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,6 +49,11 @@ class Assembled:
 
 def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
     """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError."""
+    try:
+        tempfile.TemporaryFile(dir=settings.spill_dir).close()
+    except OSError as error:
+        folder = settings.spill_dir or tempfile.gettempdir()
+        raise PreconditionError(f"{folder} takes no files: give another --spill-dir") from error
     if settings.scheme == "kv-shield":
         return _kv_shield(settings, config, memory, worker)
     if settings.scheme != "tee-only" and is_sealed(settings.model):

@@ -49,7 +49,7 @@ def plan(demand: Demand, budget: int) -> Plan:
                     return found
     raise ExhaustedError(
         f"a memory budget of {budget} bytes does not hold this model under {demand.scheme}: "
-        f"{smallest(demand)} bytes would do"
+        f"--memory-budget {smallest(demand)} would do"
     )
 
 

@@ -102,7 +102,7 @@ def trusted_worker(folder: Path, scheme: str, *flags: str, gpu: str = "") -> Ite
     """It serves, and has no session. `folder` takes its socket."""
     address, log = f"unix:{folder}/{scheme}", io.StringIO()
     words = ["-m", "trusted_worker", "--listen", address, "--gpu-worker", gpu, "--model", str(DEMO)]
-    words += ["--scheme", scheme, "--connect-seconds", str(PATIENCE), *flags]
+    words += ["--scheme", scheme, "--connect-seconds", str(PATIENCE), "--threads", "1", *flags]
     child = Child("trusted worker", words, ROOT, log, lambda: None)
     try:
         child.await_line("serving", PATIENCE, "loading", lambda *_: None)

@@ -21,8 +21,8 @@ When the bank is dry, or for prefill rows when pads are worth more for decode, t
 same integers, no exchange.
 
 Where the embedding table does not fit the budget, a row with a pad takes its embedding through the same steps: z is a
-one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no memory access and no
-word on the wire depends on the token. The other rows share one scan of the whole table, each tile checked (weights.py).
+one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no
+word on the wire and no read of the disk depends on the token. The other rows share one scan of the whole table, each tile checked (weights.py).
 """
 
 from typing import Literal
@@ -38,7 +38,7 @@ from trusted_worker.schemes.base import InsideDecoder, Worker, ring_matmul
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.verification import Verifier
 from trusted_worker.weights import Weights
-from wire.errors import VerificationError
+from wire.errors import ParkedError, VerificationError
 from wire.linears import LinearSpec, lookup_spec
 from wire.scratch import LOOKUP_BYTES
 from wire.v1 import gpu_worker_pb2 as pb
@@ -75,6 +75,8 @@ class SecureInfer(InsideDecoder):
         self._issued += len(self._pads)
         try:
             super().forward(batch, accept)
+        except ParkedError:  # our own disk: the worker has done nothing wrong
+            raise
         except VerificationError:
             self._failed += len(self._pads)
             raise
