@@ -28,7 +28,7 @@ from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, Parameter, parameters, tiles, weight_name
 from wire.quantize import quantize_rows
 
-PIECE_ELEMENTS = 1 << 16  # of the checkpoint, read at a time while loading
+PIECE_ELEMENTS = 1 << 15  # of the checkpoint, read at a time while loading
 TILE = 2  # the kind of these pages: see sealed_pages.py
 
 Tile = npt.NDArray[Any]

@@ -12,12 +12,12 @@ from wire.plan import plan, smallest
 BANK = 1 << 20  # bytes of pads
 
 
-def flags_for(folder: Path, scheme: str, kv: str, sessions: int, bank: int = BANK) -> list[str]:
+def flags_for(folder: Path, scheme: str, kv: str, sessions: int, embed: str = "auto") -> list[str]:
     """Flags of a trusted worker with the smallest budget that holds exactly so many sessions."""
     config = ModelConfig.from_hf(folder)
-    stock = bank // row_bytes([*all_specs(config), lookup_spec(config)])
-    demand = Demand(config, scheme, "int8", KvType[kv.upper()], stock)
+    stock = BANK // row_bytes([*all_specs(config), lookup_spec(config)])
+    demand = Demand(config, scheme, "int8", KvType[kv.upper()], stock, embed == "client")
     budget = smallest(demand)
     while plan(demand, budget).slots // config.layers != sessions:
         budget += demand.page
-    return ["--memory-budget", str(budget), "--kv-dtype", kv, "--pad-bank", str(bank)]
+    return ["--memory-budget", str(budget), "--kv-dtype", kv, "--pad-bank", str(BANK), "--embed", embed]

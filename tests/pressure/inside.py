@@ -1,5 +1,6 @@
 """A trusted worker without its sockets: the real service and its compute thread in this process."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,12 +32,16 @@ class _Local(HonestWorker):
         """There is nobody to wait for."""
 
 
+def _service(words: list[str]) -> Any:
+    return Service(parse(words), ProcessLimit())
+
+
 class Inside:
     """A service that serves one model."""
 
     def __init__(self, folder: Path, scheme: str, *flags: str) -> None:
         words = ["--model", str(folder), "--scheme", scheme, "--gpu-worker", "unix:/nowhere", *flags]
-        self.service: Any = Service(parse(words), ProcessLimit())
+        self.service = _service(words)
         self.service.worker = _Local(Checkpoint(folder), self.service.config)
         self.request = pb.OpenRequest(model=folder.name, scheme=scheme, precision=gpu.PRECISION_INT8)
 
@@ -84,7 +89,17 @@ class Client:
 
     def begin(self, ids: list[int], credit: int) -> None:
         """Send a prompt."""
-        self._inside.do(lambda: self._session.feed(ids, credit, False))
+        self._inside.do(lambda: self.feed(ids, credit))
+
+    def feed(self, ids: list[int], credit: int) -> None:
+        """The same, in the compute thread."""
+        self._session.feed(ids, credit, False)
+
+    def damage(self) -> None:
+        """Change a bit of every page that is parked."""
+        file = self._session.cache._pages._file.fileno()
+        for offset in range(0, os.fstat(file).st_size, 1024):
+            os.pwrite(file, bytes([os.pread(file, 1, offset)[0] ^ 1]), offset)
 
     def grant(self, credit: int) -> None:
         """Ask for more of the same turn."""

@@ -98,6 +98,30 @@ def test_a_page_of_one_conversation(tmp_path: Path, answer: Answer) -> None:
         assert trusted.say(LONG[0], COUNT) == answer(LONG[0], COUNT, "int8")
 
 
+@pytest.mark.parametrize("scheme", ["tee-only", "secure-infer"])
+def test_of_two_in_one_step_one_ends(scheme: str, answer: Answer) -> None:
+    """The step fails for both, and is made again without the one whose page was changed."""
+    with inside(DEMO, scheme, *flags_for(DEMO, scheme, "int8", 2), "--prefill", "worker") as worker:
+        before, clients = worker.stats(), [worker.open() for _ in LONG]
+        for client, prompt in zip(clients, LONG, strict=True):
+            assert client.say(prompt, 1) == answer(prompt, 1, "int8")
+        clients[0].damage()
+
+        def both() -> None:
+            for client in clients:
+                client.feed([], COUNT - 1)
+
+        worker.do(both)  # so the next step has both
+        with pytest.raises(VerificationError):
+            clients[0].hear(1)
+        assert clients[1].hear(COUNT - 1) == answer(LONG[1], COUNT, "int8")[1:]
+        for client in clients:
+            client.close()
+        after = worker.stats()
+        assert (after.memory_used, after.kv_pages_used, after.sessions) == (before.memory_used, 0, 0)
+        assert after.spill_bytes == before.spill_bytes
+
+
 def unreadable(*_: Any) -> int:
     """Like a disk that fails."""
     raise OSError(5, "Input/output error")

@@ -23,7 +23,8 @@ from wire.v1 import gpu_worker_pb2 as pb
 
 ALLOWANCE = 1 << 20
 ROWS, SEQUENCES, PADS = 64, 16, 4
-SIZES = {"narrow": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}, "0.5B": {}}
+NARROW = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+SIZES: dict[str, dict[str, int]] = {"narrow": NARROW, "0.5B": {}}
 
 
 class Tracer(QuickWorker):

@@ -21,8 +21,9 @@ When the bank is dry, or for prefill rows when pads are worth more for decode, t
 same integers, no exchange.
 
 Where the embedding table does not fit the budget, a row with a pad takes its embedding through the same steps: z is a
-one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no
-word on the wire and no read of the disk depends on the token. The other rows share one scan of the whole table, each tile checked (weights.py).
+one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no word on the wire
+and no read of the disk depends on the token. The other rows share one scan of the whole table, each tile checked
+(weights.py).
 """
 
 from typing import Literal
