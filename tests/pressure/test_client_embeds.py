@@ -26,7 +26,7 @@ PROMPT = [5 + 37 * n % 2000 for n in range(70)]
 COUNT, WIDTH = 6, 1024  # bytes of a row
 ROOM = 3 << 20  # of resident bytes: what a first prefill of some length leaves behind
 FEW = PROMPT[:3]
-FLOOD, TRANSPORT = 16 << 20, 6 << 20  # bytes offered; and what gRPC may take before a stream stands still
+FLOOD, TRANSPORT = 32 << 20, 12 << 20  # bytes offered; and what gRPC may take before a stream stands still
 
 
 def rows_of(ids: list[int]) -> bytes:
@@ -120,7 +120,7 @@ def test_rows_for_a_worker_that_embeds_itself_are_refused(tmp_path: Path, answer
 
 
 def test_a_flood_of_rows_waits_outside(tmp_path: Path, long: Path) -> None:
-    """Sixteen MiB are offered to a worker that computes slowly: it takes what it computes, and little more."""
+    """Thirty-two MiB are offered to a worker that computes slowly: it takes what it computes, and little more."""
     flags = flags_for(long, "tee-only", "int8", 2, "client")
     with trusted_worker(tmp_path, "tee-only", *flags, model=long) as trusted:
         expected, before = trusted.say(FEW, COUNT), trusted.stats()
