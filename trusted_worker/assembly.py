@@ -92,9 +92,9 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
         prefill = cast(Prefill, settings.prefill)
         built = SecureInfer(weights, pages, scratch, head_rows, worker, pads, verifier, prefill)
     elif demand.inside:
-        built = TeeOnly(weights, pages, scratch, head_rows, int8)
+        built = TeeOnly(weights, pages, scratch, head_rows)
     else:
-        built = Split(weights, pages, scratch, head_rows, worker, int8)
+        built = Split(weights, pages, scratch, head_rows, worker)
     embedding = "lookup" if demand.looks_up(division.layout) else division.layout.embed
     return Assembled(built, scratch, division.rows, embedding, division.layout.linears == "resident")
 

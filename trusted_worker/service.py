@@ -80,7 +80,9 @@ class Service:
             precision=self._precision,
             max_context=cache.capacity,
             vocabulary=self.config.vocabulary,
-            max_frame_tokens=EMBEDDING_FRAME_BYTES // (4 * self.config.hidden) if embeds else MAX_FRAME_TOKENS,
+            max_frame_tokens=min(
+                MAX_FRAME_TOKENS, EMBEDDING_FRAME_BYTES // (4 * self.config.hidden) if embeds else MAX_FRAME_TOKENS
+            ),
             client_embeds=embeds,
             hidden=self.config.hidden,
         )

@@ -30,7 +30,6 @@ from typing import Literal
 
 import numpy as np
 
-from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.model import Accept, Batch
@@ -145,22 +144,15 @@ class SecureInfer(InsideDecoder):
         if padded < len(batch.ids):
             self._weights.embed(batch.ids[padded:], out[padded:], self._scratch)
 
-    def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
-        """See model.Product."""
-        scratch, weights = self._scratch, self._weights
-        y: F32 = scratch.empty((len(x), spec.n), np.float32)
-        with scratch.frame():
-            x_q, x_scale = arithmetic.quantize(x, weights.bound(spec), scratch)  # (1)
-            y_q: I32 = scratch.empty(y.shape, np.int32)
-            padded = int(np.searchsorted(rows, len(self._pads)))
-            if padded:
-                pads = [self._pads[row] for row in rows[:padded]]
-                self._outside(spec, x_q[:padded], pads, y_q[:padded])
-            if padded < len(x):
-                self.exact(spec, x_q[padded:], y_q[padded:])
-                self._inside += len(x) - padded
-            arithmetic.dequantize(y_q, x_scale, weights.scale(spec), weights.bias[spec], y)  # (6)
-        return y
+    def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
+        """See base.InsideDecoder."""
+        padded = int(np.searchsorted(rows, len(self._pads)))
+        if padded:
+            pads = [self._pads[row] for row in rows[:padded]]
+            self._outside(spec, x_q[:padded], pads, y_q[:padded])
+        if padded < len(x_q):
+            self.exact(spec, x_q[padded:], y_q[padded:])
+            self._inside += len(x_q) - padded
 
     def _outside(self, spec: LinearSpec, x_q: I32, pads: list[Pad], y_q: I32) -> None:
         """Steps 2 to 5 for rows that have a pad: y_q int32[m, n], verified."""
