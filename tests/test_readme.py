@@ -12,6 +12,16 @@ from pathlib import Path
 import pytest
 
 from client import flags
+from client.shapes import shape
+from evaluation import flags as bench_flags
+from trusted_worker.config import parse as parse_worker
+from trusted_worker.pads import row_bytes
+from wire.kv_pages import PAGE_TOKENS
+from wire.layout import Demand
+from wire.linears import all_specs, lookup_spec
+from wire.model_config import ModelConfig
+from wire.plan import plan
+from wire.profiles import MIB, PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,6 +131,44 @@ def test_every_command_line_is_accepted() -> None:
         *(["chat", *shlex.split(a)] for a in arguments),
     ]:
         flags.parse(argv)
+
+
+def test_every_command_line_of_the_bench_is_accepted() -> None:
+    text = README + (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    lines = [line for block in _FENCE.findall(text) for line in block.splitlines() if line.startswith("cleave-bench")]
+    assert lines
+    for line in lines:
+        bench_flags.parse(shlex.split(line, comments=True)[1:])
+
+
+def _divisions() -> Iterator[str]:
+    """Rows of the table in docs/memory.md: what a trusted worker with default settings allocates, in KiB."""
+    bank = parse_worker(["--model", str(flags.DEMO_MODEL)]).pad_bank
+    for config in (ModelConfig.from_hf(flags.DEMO_MODEL), shape("qwen2.5-0.5b")):
+        stock = bank // row_bytes([*all_specs(config), lookup_spec(config)])
+        for scheme in ("tee-only", "secure-infer"):
+            for profile in ("optee", "trustzone"):
+                found = plan(Demand(config, scheme, "int8", stock=stock), PROFILES[profile].bytes)
+                kib = {name: f"{round(count / 1024):,}" if count else "-" for name, count in found.parts.items()}
+                kib["embedding"] = kib["embedding"].replace("-", found.layout.embed)
+                kib["weights"] = kib["weights"].replace("-", found.layout.linears)
+                sessions = found.slots // config.layers
+                cells = [
+                    f"{config.name}, {scheme}, {PROFILES[profile].bytes // MIB} MiB",
+                    *(kib[name] for name in ("embedding", "weights", "norms and biases", "scales", "verification")),
+                    f"{kib['scratch']} ({found.rows})",
+                    f"{kib['refill']} ({found.refill_rows})" if found.refill_rows else "-",
+                    f"{kib['kv cache']} ({found.slots})",
+                    f"{sessions}",
+                    f"{sessions * PAGE_TOKENS:,}",
+                ]
+                yield f"| {' | '.join(cells)} |"
+
+
+def test_the_divisions_of_docs_memory_are_those_that_are_made() -> None:
+    text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    missing = [row for row in _divisions() if row not in text]
+    assert not missing, "docs/memory.md lacks:\n" + "\n".join(missing)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

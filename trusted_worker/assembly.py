@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import tempfile
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,6 +49,11 @@ class Assembled:
 
 def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
     """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError."""
+    try:
+        tempfile.TemporaryFile(dir=settings.spill_dir).close()
+    except OSError as error:
+        folder = settings.spill_dir or tempfile.gettempdir()
+        raise PreconditionError(f"{folder} takes no files: give another --spill-dir") from error
     if settings.scheme == "kv-shield":
         return _kv_shield(settings, config, memory, worker)
     if settings.scheme != "tee-only" and is_sealed(settings.model):
@@ -86,9 +92,9 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
         prefill = cast(Prefill, settings.prefill)
         built = SecureInfer(weights, pages, scratch, head_rows, worker, pads, verifier, prefill)
     elif demand.inside:
-        built = TeeOnly(weights, pages, scratch, head_rows, int8)
+        built = TeeOnly(weights, pages, scratch, head_rows)
     else:
-        built = Split(weights, pages, scratch, head_rows, worker, int8)
+        built = Split(weights, pages, scratch, head_rows, worker)
     embedding = "lookup" if demand.looks_up(division.layout) else division.layout.embed
     return Assembled(built, scratch, division.rows, embedding, division.layout.linears == "resident")
 

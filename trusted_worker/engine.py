@@ -165,6 +165,7 @@ class Engine(threading.Thread):
         """One forward pass over whoever can go on. False when nobody can."""
         batch, members = self._batch()
         if not members:
+            self._reap()  # those that could not wake
             return False
         sessions = [session for session, _ in members]
         started = time.monotonic()

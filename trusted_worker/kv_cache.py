@@ -80,13 +80,18 @@ class PagePool:
     def take(self, asker: "KVCache") -> list[int]:
         """An empty slot for each layer. Raises ExhaustedError when the folder takes no page; nobody loses any then."""
         while len(self._free) < self.layers:
-            self._victim(asker).park()
+            for victim in self._victims(asker):  # a full folder takes no page, but what lies there already may leave
+                with suppress(ExhaustedError):
+                    victim.park()
+                    break
+            else:
+                raise ExhaustedError("the folder for parked pages is full or cannot be written")
         return [heappop(self._free) for _ in range(self.layers)]
 
     def spare(self, asker: "KVCache") -> int | None:
         """A slot for a page that came in: a free one, or of a sequence that rests or has clearly more than `asker`."""
         if not self._free:
-            victim = self._victim(asker)
+            victim = next(iter(self._victims(asker)), asker)
             if victim is not asker and (victim.resting or victim.resident > asker.resident + self.layers):
                 with suppress(ExhaustedError):
                     victim.park()
@@ -98,10 +103,10 @@ class PagePool:
             self.pages[slot] = 0
             heappush(self._free, slot)
 
-    def _victim(self, asker: "KVCache") -> "KVCache":
-        """Who has to give a page. Somebody can, as long as `asker` takes no more than `allows` says."""
+    def _victims(self, asker: "KVCache") -> list["KVCache"]:
+        """Who can give a page, who has to first. There is one, as long as `asker` takes no more than `allows` says."""
         able = (one for one in self._open if one.full)
-        return max(able, key=lambda one: (one.resting, one.resident, one is asker), default=asker)
+        return sorted(able, key=lambda one: (one.resting, one.resident, one is asker), reverse=True)
 
 
 class KVCache:

@@ -23,7 +23,7 @@ class Ready(Generic[T]):
 
 
 class Opener:
-    """The thread starts with the first job and ends with `close` or with the process."""
+    """The thread starts with the first job and ends with the process."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "opener")
@@ -45,7 +45,3 @@ class Opener:
         finally:
             if isinstance(under_way, Future):
                 wait([under_way])
-
-    def close(self) -> None:
-        """End the thread when its job is done; no job can be given afterwards."""
-        self._thread.shutdown()

@@ -124,9 +124,9 @@ class Bank:
         return [self._free.pop() for _ in range(rows)]
 
     def put(self, spec: LinearSpec, segment: int, index: int, slot: int, u: I32) -> None:
-        """Seal one segment of u and park it. Raises ExhaustedError when the folder is full."""
+        """Seal one segment of u, C-contiguous, and park it. Raises ExhaustedError when the folder is full."""
         cipher = AES.new(self._key, AES.MODE_GCM, nonce=nonce(spec, segment, index))
-        sealed = cipher.encrypt_and_digest(u.tobytes())
+        sealed = cipher.encrypt_and_digest(u.data.cast("B"))
         start = slot * self._row_bytes + self._offsets[spec, segment]
         try:
             complete = os.pwritev(self._file.fileno(), sealed, start) == u.nbytes + TAG_BYTES

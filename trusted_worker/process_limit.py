@@ -20,8 +20,8 @@ from wire.errors import ExhaustedError
 # Private writable memory that a worker takes after its imports, beside the arena. Measured with the demo model and 4 to
 # 12 clients: 120 MiB on 2 cores and 215 MiB on 64 (as the libraries saw it), the same at rest and under load. It is
 # reserved rather than used, 20 to 60 MiB are resident: 8 MiB for the stack of each of gRPC's threads, of which it
-# starts up to 16, and 32 MiB for a buffer of the BLAS. What is more is for gRPC's buffers: a pass of 64 rows over a
-# vocabulary of 150,000 goes through them, 40 MiB, two or three times. Threads of the BLAS, 40 MiB each, start when
+# starts up to 16, and 32 MiB for a buffer of the BLAS. What is more is for gRPC's buffers: logits of 16 rows
+# over a vocabulary of 150,000 go through them, 10 MiB, two or three times. Threads of the BLAS, 40 MiB each, start when
 # numpy is imported, so they are in the part that is measured here.
 LEAST = 256 << 20
 ALLOWANCE = 512 << 20

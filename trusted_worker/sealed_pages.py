@@ -34,10 +34,8 @@ class PageStore:
     """Gives every sequence of this boot its sealed pages, in `folder` or the system's temporary folder."""
 
     def __init__(self, boot_key: bytes, folder: str | None) -> None:
-        """Raises OSError for a folder that takes no files."""
         self._boot_key, self._folder = boot_key, folder
         self._next = 0
-        tempfile.TemporaryFile(dir=folder, prefix="cleave-pages-").close()
 
     def sequence(self) -> "SealedPages":
         """Room for a new sequence, under a number that is never given again."""

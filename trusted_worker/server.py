@@ -124,7 +124,7 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
                 if frame.session != name:
                     raise InvalidArgumentError("a stream belongs to one session")
                 await self._compute(
-                    partial(session.feed, list(frame.token_ids), frame.credit, frame.end_turn, frame.embeddings)
+                    partial(session.feed, frame.token_ids, frame.credit, frame.end_turn, frame.embeddings)
                 )
                 while session.backlog > MAX_BACKLOG and not session.dead:  # the client waits: no more frames are read
                     await asyncio.sleep(POLL_SECONDS)

@@ -13,7 +13,7 @@ from trusted_worker.offload import GpuWorker
 from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.sampling import Sampler
 from trusted_worker.schemes.base import InsideDecoder, Scheme
-from trusted_worker.secure_memory import SecureMemory
+from trusted_worker.secure_memory import BudgetExceeded, SecureMemory
 from trusted_worker.session import EMBEDDING_FRAME_BYTES, MAX_FRAME_TOKENS, Session
 from wire.errors import ContextError, ExhaustedError, PreconditionError, UnauthenticatedError, UnavailableError
 from wire.metrics import resident_bytes
@@ -80,7 +80,9 @@ class Service:
             precision=self._precision,
             max_context=cache.capacity,
             vocabulary=self.config.vocabulary,
-            max_frame_tokens=EMBEDDING_FRAME_BYTES // (4 * self.config.hidden) if embeds else MAX_FRAME_TOKENS,
+            max_frame_tokens=min(
+                MAX_FRAME_TOKENS, EMBEDDING_FRAME_BYTES // (4 * self.config.hidden) if embeds else MAX_FRAME_TOKENS
+            ),
             client_embeds=embeds,
             hidden=self.config.hidden,
         )
@@ -151,7 +153,7 @@ class Service:
     def _load(self) -> Scheme:
         try:
             assembled = assemble(self._settings, self.config, self._memory, self.worker)
-        except ExhaustedError as error:
+        except BudgetExceeded as error:
             raise ExhaustedError(f"{error}; start the trusted worker with a larger --memory-budget") from error
         self.engine.limit_rows(assembled.rows)
         if self._settings.scheme != "tee-only":

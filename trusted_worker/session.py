@@ -10,7 +10,7 @@ ordinary memory, in order, and are bounded: finite, of bounded size, and few (th
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,7 +27,7 @@ Event = pb.DecodeResponse | CleaveError
 Emit = Callable[[Event], None]
 
 
-MAX_FRAME_TOKENS = 4096
+MAX_FRAME_TOKENS = MAX_CREDIT = 4096
 EMBEDDING_FRAME_BYTES = 1 << 20  # of embeddings in one frame
 EMBEDDING_LIMIT = 65504.0  # largest element of a client's embedding: the largest float16
 
@@ -83,11 +83,11 @@ class Session:
         """Bytes of embeddings that wait for a step."""
         return len(self._embeddings) * self._width
 
-    def feed(self, ids: list[int], credit: int, end_turn: bool, embeddings: bytes = b"") -> None:
+    def feed(self, ids: Sequence[int], credit: int, end_turn: bool, embeddings: bytes = b"") -> None:
         """A client's frame. Raises InvalidArgumentError or ContextError; the session lives on unchanged then."""
         if self.dead:
             raise UnauthenticatedError("no such session")
-        if len(ids) > MAX_FRAME_TOKENS:
+        if len(ids) > MAX_FRAME_TOKENS:  # before they become objects
             raise InvalidArgumentError(f"a frame holds at most {MAX_FRAME_TOKENS} tokens")
         if any(token >= self._config.vocabulary for token in ids):
             raise InvalidArgumentError(f"token ids must be below {self._config.vocabulary}")
@@ -95,6 +95,8 @@ class Session:
         if held + len(ids) > self.cache.capacity:
             room = max(self.cache.capacity - held, 0)
             raise ContextError(f"{len(ids)} more tokens do not fit: the context has room for {room}")
+        if self._credit + credit > MAX_CREDIT:
+            raise InvalidArgumentError(f"at most {MAX_CREDIT} tokens can be outstanding")
         self._embeddings.extend(self._checked(embeddings, len(ids)))
         if ids:
             self._first |= not self._in_turn
@@ -103,7 +105,7 @@ class Session:
             self._tokens.extend(ids)
             self._pending.extend(ids)
         if self._in_turn:
-            self._credit = min(self._credit + credit, self.cache.capacity)
+            self._credit += credit
             if self._credit and self._waits is None:
                 self._waits = time.monotonic()
             if end_turn:
@@ -166,6 +168,7 @@ class Session:
             self._tokens.clear()
             self._pending.clear()
             self._embeddings.clear()
+            self._taken = [], []
 
     def _checked(self, embeddings: bytes, tokens: int) -> list[bytes]:
         """A frame's embeddings, row by row. Raises InvalidArgumentError for anything but what is due."""

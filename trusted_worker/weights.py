@@ -28,7 +28,7 @@ from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, Parameter, parameters, tiles, weight_name
 from wire.quantize import quantize_rows
 
-PIECE_ELEMENTS = 1 << 16  # of the checkpoint, read at a time while loading
+PIECE_ELEMENTS = 1 << 15  # of the checkpoint, read at a time while loading
 TILE = 2  # the kind of these pages: see sealed_pages.py
 
 Tile = npt.NDArray[Any]
@@ -51,7 +51,7 @@ class Weights:
         store: TileStore,
         opener: Opener,
     ) -> None:
-        self._checkpoint, self._memory, self._int8 = checkpoint, memory, int8
+        self._checkpoint, self._memory, self.int8 = checkpoint, memory, int8
         self._store, self._opener, self.layout = store, opener, layout
         self.config, self.specs = config, all_specs(config)
         self._parameters = parameters(config)
@@ -114,9 +114,9 @@ class Weights:
         else:
             with self.table(scratch) as found:
                 for first, tile in found:
-                    here = (ids >= first) & (ids < first + len(tile))
-                    out[here] = tile[ids[here] - first]
-        if self._int8:
+                    for at in np.flatnonzero((ids >= first) & (ids < first + len(tile))):  # no copy outside the arena
+                        out[at] = tile[ids[at] - first]
+        if self.int8:
             out *= self.table_scale[ids][:, None]
 
     def _read_rows(self, ids: I32, out: F32) -> None:
@@ -124,7 +124,7 @@ class Weights:
         tensor, rows = self._parameters[Name(Kind.EMBEDDING)].tensors[0]
         for row, token in enumerate(ids):
             weight = self._checkpoint.read_rows(tensor, (rows, self.config.hidden), int(token), int(token) + 1)
-            if self._int8:
+            if self.int8:
                 quantized, scale = quantize_rows(weight)
                 np.multiply(quantized, scale[:, None], out=out[row : row + 1])
             else:
@@ -156,14 +156,14 @@ class Weights:
 
     @property
     def _dtype(self) -> type[np.generic]:
-        return np.int8 if self._int8 else np.float32
+        return np.int8 if self.int8 else np.float32
 
     def _load(self, parameter: Parameter, place: str) -> None:
         """Read one matrix, and put it where it belongs."""
         name, shape = parameter.name, (parameter.rows, parameter.width)
         owner = "embedding" if name.kind is Kind.EMBEDDING else "weights"
         scale: F32 = np.empty(0, np.float32)
-        if self._int8:
+        if self.int8:
             scale = self._scales[name] = self._memory.allocate("scales", (parameter.rows,), np.float32).array
         parking = None
         if place == "resident":
@@ -173,7 +173,7 @@ class Weights:
         square = 0
         for first, piece in tiles(self._checkpoint, parameter, max(1, PIECE_ELEMENTS // parameter.width)):
             rows: Tile = piece
-            if self._int8:
+            if self.int8:
                 rows, scale[first : first + len(piece)] = quantize_rows(piece)
                 square = max(square, int(np.einsum("nk,nk->n", rows, rows, dtype=np.int64, casting="unsafe").max()))
             if parking is not None:

@@ -61,6 +61,11 @@ def all_specs(config: ModelConfig) -> list[LinearSpec]:
     return [*specs, spec(config, 0, Linear.LM_HEAD)]
 
 
+def kinds(config: ModelConfig) -> list[LinearSpec]:
+    """One linear of each kind: sizes are the same in every layer."""
+    return [spec(config, 0, linear) for linear in Linear]
+
+
 def lookup_spec(config: ModelConfig) -> LinearSpec:
     """The embedding table as a product of one-hot rows: y[m, hidden] = z[m, vocabulary] . E. Never RING_MATMUL."""
     return LinearSpec(LOOKUP_LAYER, Linear.LM_HEAD, config.vocabulary, config.hidden)

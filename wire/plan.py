@@ -42,14 +42,15 @@ class Plan:
 def plan(demand: Demand, budget: int) -> Plan:
     """The first division that holds a session. Raises ExhaustedError when none does."""
     for layout, least in _layouts(demand):
+        fixed = _fixed(demand, layout)
         for rows in _halves(MAX_ROWS if budget >= least else 0):
             for made in _halves(min(REFILL_ROWS, max(demand.stock, 1))) if demand.masks else (0,):
-                found = _divided(demand, layout, rows, made, budget)
+                found = _divided(demand, layout, fixed, rows, made, budget)
                 if found is not None:
                     return found
     raise ExhaustedError(
         f"a memory budget of {budget} bytes does not hold this model under {demand.scheme}: "
-        f"{smallest(demand)} bytes would do"
+        f"--memory-budget {smallest(demand)} would do"
     )
 
 
@@ -84,12 +85,11 @@ def _layouts(demand: Demand) -> Iterator[tuple[Layout, int]]:
         yield Layout(embed, where, place), least
 
 
-def _divided(demand: Demand, layout: Layout, rows: int, made: int, budget: int) -> Plan | None:
+def _divided(demand: Demand, layout: Layout, fixed: Parts, rows: int, made: int, budget: int) -> Plan | None:
     """This division, if a session fits, and if nothing is larger than its share unless it is small enough.
 
     A step of a few rows is: where weights are parked, each step reads all of them.
     """
-    fixed = _fixed(demand, layout)
     left = budget - sum(fixed.values())
     head, alone = min(rows, HEAD_ROWS), step_bytes(demand, layout, rows, 1)
     while head > 1 and step_bytes(demand, layout, rows, head) > alone:

@@ -6,7 +6,7 @@ trusted_worker/{arithmetic,verification,sampling,attention,model,pads}.py; tests
 
 from wire.kv_pages import attention_bytes
 from wire.layout import WORD, Demand, Layout, tile_rows
-from wire.linears import Linear, LinearSpec, all_specs, lookup_spec, spec
+from wire.linears import Linear, LinearSpec, kinds, lookup_spec, spec
 
 SLACK = 1 << 12  # for what alignment loses
 SEGMENT = 1 << 13  # outputs of a pad that are sealed together
@@ -79,7 +79,7 @@ def refill_bytes(demand: Demand, layout: Layout, made: int) -> int:
     if not made:
         return 0
     table = [_table_refill(demand, layout, made)] if demand.looks_up(layout) else []
-    return max([_refill(demand, layout, one, made) for one in all_specs(demand.config)] + table) + SLACK
+    return max([_refill(demand, layout, one, made) for one in kinds(demand.config)] + table) + SLACK
 
 
 def _refill(demand: Demand, layout: Layout, of: LinearSpec, made: int) -> int:
@@ -133,7 +133,7 @@ def _prepare(demand: Demand, layout: Layout) -> int:
     """Of the verifier, tile by tile: as much as a step at least, for none is made meanwhile."""
     if not demand.masks:
         return 0
-    specs = all_specs(demand.config)
+    specs = kinds(demand.config)
     rows = [prepare_bytes(min(tile_rows(of.k), of.n), of.k) + _tiles(demand, layout, of) for of in specs]
     hidden = demand.config.hidden
     table = prepare_bytes(min(tile_rows(hidden), demand.config.vocabulary), hidden) + _table_tiles(demand)

@@ -150,7 +150,7 @@ def build_like(rig: Rig) -> npt.NDArray[np.float32]:
     """Logits of the same prompt computed inside, without any worker."""
     from trusted_worker.schemes.tee_only import TeeOnly
 
-    scheme = TeeOnly(rig.weights, rig.scheme._pages, rig.scratch, 16, int8=True)
+    scheme = TeeOnly(rig.weights, rig.scheme._pages, rig.scratch, 16)
     return forward(scheme, one_run(scheme.open(16), PROMPT, 0))
 
 

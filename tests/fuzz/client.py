@@ -21,7 +21,6 @@ from wire.v1 import gpu_worker_pb2 as gpu
 from wire.v1 import trusted_worker_pb2 as pb
 
 TARGET = "127.0.0.1:1"
-REQUEST = client.Request("llama", "tee-only", "int8")
 PROMPT, ANSWER = [1, 2, 3], [4, 5, 6, 7]
 STATUS = b"\xff\xfe!"  # a frame that begins so is a status, not a message
 
@@ -90,6 +89,7 @@ class ClientTarget:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self._seal = NoSeal()
+        self._request = client.Request("llama", "tee-only", "int8", model_folder=folders["llama"])
 
     def begin(self) -> None:
         """See Target."""
@@ -101,7 +101,7 @@ class ClientTarget:
             return b"A" + mutator.message(pb.AttestResponse(provider="none", evidence=b"")), 1
         if way < 0.25:
             return b"S" + mutator.message(pb.StatsResponse(scheme="tee-only", pads_in_stock=5)), 1
-        whole: list[Any] = honest()
+        whole: list[Any] = honest(client_embeds=random.random() < 0.3)
         frames = [self._wrap(message) for message in whole]
         place = random.choice((0, *range(len(frames))))
         if random.random() < 0.15:
@@ -138,14 +138,15 @@ class ClientTarget:
 
     def check(self) -> None:
         """See Target."""
-        if self.play(b"D" + pack(self._wrap(one) for one in honest())) != "answered: eos":
-            raise Bug("client: an honest turn has another end")
+        for client_embeds in (False, True):
+            if self.play(b"D" + pack(map(self._wrap, honest(client_embeds)))) != "answered: eos":
+                raise Bug("client: an honest turn has another end")
 
     def close(self) -> None:
         """See Target."""
 
     def _turn(self, trusted: client.TrustedWorker) -> str:
-        session = trusted.open(REQUEST)
+        session = trusted.open(self._request)
         try:
             turn = session.turn(PROMPT, Pacing(credit=3, max_new_tokens=6, step_seconds=5.0))
             tokens = [token.token_id for token in turn]
@@ -159,7 +160,7 @@ class ClientTarget:
         return self._seal.wrap(message).SerializeToString()
 
 
-def honest() -> list[Any]:
+def honest(client_embeds: bool = False) -> list[Any]:
     """An OpenResponse, tokens and a FINAL."""
     opened = pb.OpenResponse(
         session=bytes(16),
@@ -169,6 +170,8 @@ def honest() -> list[Any]:
         max_context=64,
         vocabulary=31,
         max_frame_tokens=4096,
+        client_embeds=client_embeds,
+        hidden=16,
     )
     tokens = [pb.Token(token_id=one, logprob=-0.5, top=[pb.Logprob(token_id=one, logprob=-0.5)]) for one in ANSWER]
     final = pb.Final(reason=pb.FINISH_REASON_EOS, context_tokens=len(PROMPT) + len(ANSWER))

@@ -165,8 +165,9 @@ class SocketsTarget:
     def _trusted(self, random: Random, mutator: Mutator) -> bytes:
         """A call of the trusted worker."""
         number, session = random.randrange(len(TRUSTED)), self._open() if random.random() < 0.02 else bytes(16)
+        embeddings = random.randbytes(64) if random.random() < 0.1 else b""
         messages: dict[str, Message] = {
-            "Decode": pb.DecodeRequest(session=session, token_ids=[1, 2], credit=2),
+            "Decode": pb.DecodeRequest(session=session, token_ids=[1, 2], credit=2, embeddings=embeddings),
             "Open": self._request(),
             "Close": pb.CloseRequest(session=session),
             "Attest": pb.AttestRequest(nonce=bytes(32)),

@@ -5,6 +5,8 @@ Entries: W, which world; A, an AttestRequest; O, D and C, the Sealed of Open, De
 
 import itertools
 import logging
+import math
+import struct
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,6 +14,7 @@ from unittest import mock
 
 from google.protobuf.message import DecodeError
 
+from client.embedding import EmbeddingTable
 from tests.fuzz.harness import KNOWN, Bug
 from tests.fuzz.mutate import Mutator
 from tests.fuzz.tiny import CONTEXT, VOCABULARY
@@ -33,6 +36,9 @@ WORLDS = (
     ("llama", "secure-infer", "int8", "4MiB", ("--prefill", "worker", "--pad-bank", "64KiB")),
     ("qwen3", "kv-shield", "float32", "64KiB", ("--seal-idle", "--rotate-every", "4", "--kv-dtype", "int8")),
     ("gpt2", "plain", "float32", "64KiB", ()),
+    ("llama", "tee-only", "int8", "80KiB", ("--embed", "client", "--kv-dtype", "int8")),
+    ("qwen3", "secure-infer", "int8", "136KiB", ("--embed", "client", "--prefill", "worker", "--pad-bank", "8KiB")),
+    ("llama", "secure-infer", "int8", "96KiB", ("--kv-dtype", "float16", "--prefill", "worker", "--pad-bank", "8KiB")),
 )
 PRECISIONS = {"float32": gpu.PRECISION_FLOAT32, "int8": gpu.PRECISION_INT8}
 PROMPT = [3, 1, 4, 1, 5]
@@ -65,11 +71,18 @@ class _World:
         self.runner = self.service._load()
         self.service.engine.scheme = self.runner
         self.rest()
-        self.used = self.service.stats().memory_used
+        stats = self.service.stats()
+        self.used, self.spilled = stats.memory_used, stats.spill_bytes
+        embeds = stats.embedding == "client"
+        self.table = EmbeddingTable(folders[self.model], self.precision) if embeds else None
         self.said: list[int] | None = None
 
     def request(self) -> pb.OpenRequest:
         return pb.OpenRequest(model=self.model, scheme=self.scheme, precision=PRECISIONS[self.precision])
+
+    def rows(self, ids: list[int]) -> bytes:
+        """The embeddings of tokens, where the client sends them."""
+        return self.table.rows(ids) if self.table else b""
 
     def steps(self, most: int) -> None:
         """What the compute thread does when it has time."""
@@ -103,6 +116,8 @@ class _World:
         stats = self.service.stats()
         if (stats.sessions, stats.memory_used, stats.pads_reused) != (0, self.used, 0):
             raise Bug(f"trusted: {self.scheme} keeps {stats.sessions} sessions, {stats.memory_used - self.used} bytes")
+        if (stats.kv_pages_used, stats.spill_bytes) != (0, self.spilled):
+            raise Bug(f"trusted: {self.scheme} keeps {stats.kv_pages_used} pages")
 
 
 def _service(flags: list[str]) -> Any:
@@ -190,9 +205,12 @@ class TrustedTarget:
             events: list[Any] = []
             session = world.service.session(world.service.open(world.request()).session)
             session.attach(events.append)
-            session.feed(PROMPT, 6, False)
-            world.steps(20)
-            said = [event.token.token_id for event in events if not isinstance(event, CleaveError)]
+            session.feed(PROMPT, 6, False, world.rows(PROMPT))
+            said = list[int]()
+            for _ in range(6):
+                world.steps(20)
+                said += [event.token.token_id for event in events[len(said) :] if not isinstance(event, CleaveError)]
+                session.feed([], 0, False, world.rows(said[-1:]))
             world.said = world.said or said
             if not said or said != world.said:
                 raise Bug(f"trusted: {world.scheme} said {said}, and {world.said} at the start")
@@ -226,7 +244,7 @@ class TrustedTarget:
             name = frame.session
             self._emitters[name] = lambda event: self._events.append((name, event))
             session.attach(self._emitters[name])
-        session.feed(list(frame.token_ids), frame.credit, frame.end_turn)
+        session.feed(list(frame.token_ids), frame.credit, frame.end_turn, frame.embeddings)
         self._granted[frame.session] += frame.credit
         world.steps(3)
         return "fed"
@@ -262,9 +280,29 @@ class TrustedTarget:
     def _decode_request(self, random: Random) -> pb.DecodeRequest:
         ids = [random.randrange(VOCABULARY) for _ in range(random.choice((0, 1, 1, 2, 12)))]
         credit = random.choice((0, 1, 1, 3, 300))
+        name = self._some(random)
         return pb.DecodeRequest(
-            session=self._some(random), token_ids=ids, credit=credit, end_turn=random.random() < 0.2
+            session=name,
+            token_ids=ids,
+            credit=credit,
+            end_turn=random.random() < 0.2,
+            embeddings=self._embeddings(random, name, len(ids)),
         )
+
+    def _embeddings(self, random: Random, name: bytes, tokens: int) -> bytes:
+        """As many rows as are due, most of the time; and most of the time of numbers that may be."""
+        assert self._world is not None
+        service, way = self._world.service, random.random()
+        session = service._sessions.get(name)
+        if session is None or (self._world.table is None and way < 0.97):
+            return b""
+        due = len(session._pending) + tokens - len(session._embeddings)
+        if way < 0.1:
+            due = max(due + random.choice((-2, -1, 1, 100)), 0)
+        values = [random.uniform(-1, 1) for _ in range(due * service.config.hidden)]
+        if values and 0.1 < way < 0.2:
+            values[random.randrange(len(values))] = random.choice((math.nan, math.inf, -math.inf, 1e6, -65505.0))
+        return struct.pack(f"<{len(values)}f", *values)
 
     def _token_bytes(self, size: int) -> bytes:
         return next(self._names).to_bytes(size, "little")

@@ -114,14 +114,23 @@ def answers(rig: Rig, questions: list[str]) -> list[str]:
     pending = [tokenizer.chat([{"role": "user", "content": question}]) for question in questions]
     said: list[list[int]] = [[] for _ in questions]
     while open_ones := [i for i, ids in enumerate(said) if len(ids) < 100 and not set(ids) & set(rig.config.eos)]:
-        for part in range(0, len(open_ones), 4 if len(pending[open_ones[0]]) > 1 else BATCH):
-            members = open_ones[part : part + (4 if len(pending[open_ones[0]]) > 1 else BATCH)]
+        for members in groups(open_ones, pending, rig.rows):
             for i, row in zip(members, forward(rig.scheme, batch(caches, pending, members)), strict=True):
                 pending[i] = [int(row.argmax())]
                 said[i] += pending[i]
     for cache in caches:
         cache.free()
     return ["".join(map(tokenizer.detokenizer().feed, ids)) for ids in said]
+
+
+def groups(members: list[int], pending: list[list[int]], rows: int) -> list[list[int]]:
+    """The members in order, as many together as one step has rows for."""
+    found: list[list[int]] = [[]]
+    for i in members:
+        if sum(len(pending[one]) for one in (*found[-1], i)) > rows:
+            found.append([])
+        found[-1].append(i)
+    return found
 
 
 def batch(caches: list[Any], pending: list[list[int]], members: list[int]) -> Batch:

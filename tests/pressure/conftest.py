@@ -1,12 +1,16 @@
 """What the tests of small memory budgets share."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from evaluation.shapes import make
 from tests.conftest import Rig, build, forward, one_run
 from tests.faults.fleet import DEMO
 from tests.pressure.processes import gpu_worker
+from wire.model_config import ModelConfig
 
 Answer = Callable[..., list[int]]
 
@@ -37,3 +41,12 @@ def answer() -> Answer:
         return said
 
     return find
+
+
+@pytest.fixture(scope="package")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the demo model's sizes, with random weights, for a context of 16,384 tokens."""
+    folder = tmp_path_factory.mktemp("long") / "long"
+    raw = json.loads((DEMO / "config.json").read_text()) | {"max_position_embeddings": 16384}
+    make(folder, raw, ModelConfig.from_dict("long", raw, {}), lambda *_: None)
+    return folder

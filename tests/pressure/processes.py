@@ -1,6 +1,5 @@
 """Trusted workers as processes, each with its own flags, and the one GPU worker that they share."""
 
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,18 +38,18 @@ def gpu_worker(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Trusted:
-    """A trusted worker that serves the demo model."""
+    """A trusted worker that serves."""
 
     child: Child
     address: str
     scheme: str
-    log: io.StringIO
+    model: Path
     channel: grpc.Channel
 
     @property
     def request(self) -> Request:
         """What clients open."""
-        return Request(DEMO.name, self.scheme, "int8", max_context=640, model_folder=DEMO)
+        return Request(self.model.name, self.scheme, "int8", model_folder=self.model)
 
     @property
     def stub(self) -> trusted_worker_pb2_grpc.TrustedWorkerServiceStub:
@@ -98,16 +97,16 @@ class Trusted:
 
 
 @contextmanager
-def trusted_worker(folder: Path, scheme: str, *flags: str, gpu: str = "") -> Iterator[Trusted]:
+def trusted_worker(folder: Path, scheme: str, *flags: str, gpu: str = "", model: Path = DEMO) -> Iterator[Trusted]:
     """It serves, and has no session. `folder` takes its socket."""
-    address, log = f"unix:{folder}/{scheme}", io.StringIO()
-    words = ["-m", "trusted_worker", "--listen", address, "--gpu-worker", gpu, "--model", str(DEMO)]
-    words += ["--scheme", scheme, "--connect-seconds", str(PATIENCE), *flags]
-    child = Child("trusted worker", words, ROOT, log, lambda: None)
+    address = f"unix:{folder}/{scheme}"
+    words = ["-m", "trusted_worker", "--listen", address, "--gpu-worker", gpu, "--model", str(model)]
+    words += ["--scheme", scheme, "--connect-seconds", str(PATIENCE), "--threads", "1", *flags]
+    child = Child("trusted worker", words, ROOT, None, lambda: None)
     try:
         child.await_line("serving", PATIENCE, "loading", lambda *_: None)
         with grpc.insecure_channel(address) as channel:
-            yield Trusted(child, address, scheme, log, channel)
+            yield Trusted(child, address, scheme, model, channel)
     finally:
         child.kill()
         child.reap()

@@ -10,13 +10,10 @@ from client.session import connect
 from client.turn import Pacing
 from tests.faults.fleet import DEMO
 from tests.faults.puppet import PATIENCE
+from tests.pressure.budgets import flags_for
 from tests.pressure.conftest import Answer
 from tests.pressure.processes import trusted_worker
 from wire.errors import ExhaustedError
-from wire.kv_pages import KvType
-from wire.layout import Demand
-from wire.model_config import ModelConfig
-from wire.plan import plan, smallest
 
 CLIENTS, COUNT = 4, 8
 REFUSAL = re.compile(r"the memory budget holds (\d) sessions of this model; try again later")
@@ -28,22 +25,11 @@ CELLS = {  # scheme, elements of the cache, sessions
 }
 
 
-def budget_for(scheme: str, kv: str, sessions: int) -> int:
-    """The smallest that holds exactly so many."""
-    config = ModelConfig.from_hf(DEMO)
-    demand = Demand(config, scheme, "int8", KvType[kv.upper()], stock=8)
-    budget = smallest(demand)
-    while plan(demand, budget).slots // config.layers != sessions:
-        budget += demand.page
-    return budget
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_four_clients_at_once(cell: str, tmp_path: Path, gpu: str, answer: Answer) -> None:
     scheme, kv, sessions = CELLS[cell]
     expected = [answer(prompt, COUNT, kv) for prompt in PROMPTS]
-    flags = ["--memory-budget", str(budget_for(scheme, kv, sessions)), "--kv-dtype", kv, "--pad-bank", "1MiB"]
-    with trusted_worker(tmp_path, scheme, *flags, gpu=gpu) as worker:
+    with trusted_worker(tmp_path, scheme, *flags_for(DEMO, scheme, kv, sessions), gpu=gpu) as worker:
         before = worker.stats()
         together = worker.all_say(PROMPTS, COUNT)
         refused = [said for said in together if isinstance(said, ExhaustedError)]
@@ -64,8 +50,7 @@ def test_four_clients_at_once(cell: str, tmp_path: Path, gpu: str, answer: Answe
 
 def test_who_was_refused_gets_in_when_somebody_leaves(tmp_path: Path, answer: Answer) -> None:
     """The one that runs meanwhile is never ended for memory."""
-    budget = budget_for("tee-only", "int8", 2)
-    flags = ["--memory-budget", str(budget), "--kv-dtype", "int8"]
+    flags = flags_for(DEMO, "tee-only", "int8", 2)
     with trusted_worker(tmp_path, "tee-only", *flags) as trusted, connect(trusted.address, Policy()) as worker:
         before = trusted.stats()
         running, idle = (worker.open(trusted.request) for _ in range(2))

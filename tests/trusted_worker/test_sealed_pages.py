@@ -291,11 +291,6 @@ def test_the_file_has_no_name_and_shows_no_content(tmp_path: Path) -> None:
     assert all(plain[start : start + 4] not in content for start in range(len(plain) - 3))
 
 
-def test_a_folder_that_takes_no_files_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
-        PageStore(BOOT, str(tmp_path / "nowhere"))
-
-
 def test_a_sequence_that_parks_nothing_has_no_file(tmp_path: Path) -> None:
     pages = PageStore(BOOT, str(tmp_path)).sequence()
     assert (pages._file, pages.size, pages.holds(0, 0, 0)) == (None, 0, False)

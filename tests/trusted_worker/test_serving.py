@@ -21,7 +21,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from client.attestation.policy import Policy
 from client.session import Request, connect
 from client.turn import Pacing
-from wire.errors import ContextError, UnavailableError
+from trusted_worker.config import parse
+from trusted_worker.process_limit import ProcessLimit
+from trusted_worker.service import Service
+from wire.errors import ContextError, PreconditionError, UnavailableError
 from wire.v1 import trusted_worker_pb2 as pb
 from wire.v1 import trusted_worker_pb2_grpc
 
@@ -199,3 +202,12 @@ def test_settings_are_printed_and_read_back(model_folder: Callable[[str], Path],
     (tmp_path / "again.toml").write_text(first)
     assert 'scheme = "split"' in first
     assert printed("--config", str(tmp_path / "again.toml")) == first
+
+
+def test_a_spill_folder_that_takes_no_files_is_said_at_the_start(model_folder: Callable[[str], Path]) -> None:
+    flags = ["--model", str(model_folder("llama")), "--scheme", "tee-only", "--spill-dir", "/nowhere"]
+    service = Service(parse(flags), ProcessLimit())
+    service.engine.start()
+    with pytest.raises(PreconditionError, match="/nowhere takes no files: give another --spill-dir"):
+        service.engine.loaded.result(timeout=60)
+    service.engine.join(timeout=60)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.trusted_worker.fakes import EOS, VOCABULARY, Client, logits_for
-from trusted_worker.session import MAX_FRAME_TOKENS
+from trusted_worker.session import MAX_CREDIT, MAX_FRAME_TOKENS
 from wire.errors import CleaveError, ContextError, InvalidArgumentError, UnavailableError
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -108,6 +108,16 @@ def test_tokens_that_were_not_computed_when_a_turn_ended_are_not_lost() -> None:
     assert client.session.rows == 0
     client.session.feed([4], 1, end_turn=False)
     assert client.session.take(4) == ([1, 2, 3, 4], [], True)
+
+
+def test_no_more_tokens_can_be_outstanding_than_a_stream_should_hold() -> None:
+    client = Client()
+    client.session.feed([1], MAX_CREDIT, end_turn=False)
+    with pytest.raises(InvalidArgumentError, match=str(MAX_CREDIT)):
+        client.session.feed([], 1, end_turn=False)
+    client.step(7)
+    client.session.feed([], 1, end_turn=False)
+    assert client.token() == 7
 
 
 def test_credit_does_not_outlive_its_turn() -> None:

@@ -24,7 +24,7 @@ SCHEMES = [
     ("secure-infer", "int8"),
 ]
 demands = st.builds(
-    lambda name, scheme, kv, stock, client: Demand(shape(name), *scheme, kv, stock, client),
+    lambda name, scheme, kv, stock, client: Demand(shape(name), scheme[0], scheme[1], kv, stock, client),
     st.sampled_from(["gpt2", "qwen2.5-0.5b", "tinyllama-1.1b", "llama2-7b"]),
     st.sampled_from(SCHEMES),
     st.sampled_from(KvType),
@@ -55,7 +55,7 @@ def test_less_than_the_smallest_budget_is_refused_with_what_would_do(demand: Dem
     least = smallest(demand)
     plan(demand, least)
     for less in (64, least // 2, least - 1):
-        with pytest.raises(ExhaustedError, match=f"{least} bytes would do"):
+        with pytest.raises(ExhaustedError, match=f"--memory-budget {least} would do"):
             plan(demand, least - less)
 
 

@@ -4,6 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, F64, I32, exact_product
 from trusted_worker.cache import Cache
 from trusted_worker.kv_cache import KVCache, PagePool
@@ -64,7 +65,10 @@ class Scheme(Protocol):
 
 
 class InsideDecoder:
-    """What split, tee-only and secure-infer share: the decoder runs here, and only `embed` and `product` differ."""
+    """What split, tee-only and secure-infer share: the decoder runs here, and only who multiplies differs.
+
+    Steps have the numbers of secure_infer.py.
+    """
 
     def __init__(self, weights: Weights, pages: PagePool, scratch: Scratch, head_rows: int) -> None:
         self._weights, self._pages, self._scratch = weights, pages, scratch
@@ -80,6 +84,26 @@ class InsideDecoder:
 
     def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
         """One linear for some rows of the batch. See model.Product."""
+        scratch, weights, bias = self._scratch, self._weights, self._weights.bias[spec]
+        y: F32 = scratch.empty((len(x), spec.n), np.float32)
+        with scratch.frame():
+            if weights.int8:
+                x_q, x_scale = arithmetic.quantize(x, weights.bound(spec), scratch)  # (1)
+                y_q: I32 = scratch.empty(y.shape, np.int32)
+                self.integers(spec, x_q, y_q, rows)
+                arithmetic.dequantize(y_q, x_scale, weights.scale(spec), bias, y)  # (6)
+            else:
+                self.floats(spec, x, y)
+                if bias is not None:
+                    y += bias
+        return y
+
+    def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
+        """x_q . W_q^T modulo 2^32: int32[m, k] of these rows of the batch into y_q int32[m, n]."""
+        raise NotImplementedError
+
+    def floats(self, spec: LinearSpec, x: F32, y: F32) -> None:
+        """x . W^T: float32[m, k] into y float32[m, n]."""
         raise NotImplementedError
 
     def exact(self, spec: LinearSpec, x_q: I32, y_q: I32) -> None:

@@ -21,15 +21,15 @@ When the bank is dry, or for prefill rows when pads are worth more for decode, t
 same integers, no exchange.
 
 Where the embedding table does not fit the budget, a row with a pad takes its embedding through the same steps: z is a
-one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no memory access and no
-word on the wire depends on the token. The other rows share one scan of the whole table, each tile checked (weights.py).
+one-hot row plus r, as long as the vocabulary, and y_q a row of the int8 table (RING_LOOKUP). So no word on the wire
+and no read of the disk depends on the token. The other rows share one scan of the whole table, each tile checked
+(weights.py).
 """
 
 from typing import Literal
 
 import numpy as np
 
-from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, I32
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.model import Accept, Batch
@@ -38,7 +38,7 @@ from trusted_worker.schemes.base import InsideDecoder, Worker, ring_matmul
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.verification import Verifier
 from trusted_worker.weights import Weights
-from wire.errors import VerificationError
+from wire.errors import ParkedError, VerificationError
 from wire.linears import LinearSpec, lookup_spec
 from wire.scratch import LOOKUP_BYTES
 from wire.v1 import gpu_worker_pb2 as pb
@@ -75,6 +75,8 @@ class SecureInfer(InsideDecoder):
         self._issued += len(self._pads)
         try:
             super().forward(batch, accept)
+        except ParkedError:  # our own disk: the worker has done nothing wrong
+            raise
         except VerificationError:
             self._failed += len(self._pads)
             raise
@@ -142,22 +144,15 @@ class SecureInfer(InsideDecoder):
         if padded < len(batch.ids):
             self._weights.embed(batch.ids[padded:], out[padded:], self._scratch)
 
-    def product(self, spec: LinearSpec, x: F32, rows: I32) -> F32:
-        """See model.Product."""
-        scratch, weights = self._scratch, self._weights
-        y: F32 = scratch.empty((len(x), spec.n), np.float32)
-        with scratch.frame():
-            x_q, x_scale = arithmetic.quantize(x, weights.bound(spec), scratch)  # (1)
-            y_q: I32 = scratch.empty(y.shape, np.int32)
-            padded = int(np.searchsorted(rows, len(self._pads)))
-            if padded:
-                pads = [self._pads[row] for row in rows[:padded]]
-                self._outside(spec, x_q[:padded], pads, y_q[:padded])
-            if padded < len(x):
-                self.exact(spec, x_q[padded:], y_q[padded:])
-                self._inside += len(x) - padded
-            arithmetic.dequantize(y_q, x_scale, weights.scale(spec), weights.bias[spec], y)  # (6)
-        return y
+    def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
+        """See base.InsideDecoder."""
+        padded = int(np.searchsorted(rows, len(self._pads)))
+        if padded:
+            pads = [self._pads[row] for row in rows[:padded]]
+            self._outside(spec, x_q[:padded], pads, y_q[:padded])
+        if padded < len(x_q):
+            self.exact(spec, x_q[padded:], y_q[padded:])
+            self._inside += len(x_q) - padded
 
     def _outside(self, spec: LinearSpec, x_q: I32, pads: list[Pad], y_q: I32) -> None:
         """Steps 2 to 5 for rows that have a pad: y_q int32[m, n], verified."""

@@ -221,7 +221,7 @@ class DecodeRequest(google.protobuf.message.Message):
     EMBEDDINGS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     credit: builtins.int
-    """tokens that the server may send on top of what it may send already"""
+    """tokens that the server may send on top of what it may send already; 4096 in all"""
     end_turn: builtins.bool
     """send FINAL now"""
     embeddings: builtins.bytes
