@@ -76,9 +76,11 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     division = plan(demand, memory.budget)
     log.info("memory plan: %s", division.parts)
     checkpoint, opener, store = _checkpoint(settings, config), Opener(), PageStore(boot_key, settings.spill_dir)
-    tiles: TileStore = DigestedTiles(settings.spill_dir, settings.insecure_unchecked_tiles)
-    if settings.model_key_file is not None:
-        tiles = store.sequence()
+    tiles: TileStore = (
+        DigestedTiles(settings.spill_dir, settings.insecure_unchecked_tiles)
+        if settings.model_key_file is None
+        else store.sequence()
+    )
     weights = Weights(checkpoint, config, memory, int8, division.layout, tiles, opener)
     scratch, head_rows = Scratch(memory, division.scratch), division.head_rows
     pads = None

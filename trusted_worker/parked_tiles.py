@@ -12,6 +12,7 @@ instead: sealed_pages.py has the same two methods.
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -50,26 +51,19 @@ class DigestedTiles:
 
     def seal(self, kind: int, layer: int, page: int, data: Tile) -> None:
         """See TileStore."""
-        view, done = data.data.cast("B"), 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._file.fileno(), view[done:], self.size + done)
-        except OSError:
-            raise ExhaustedError("the folder for parked weights is full or cannot be written") from None
+        view, complete = data.data.cast("B"), False
+        with suppress(OSError):
+            complete = os.pwrite(self._file.fileno(), view, self.size) == len(view)
+        if not complete:
+            raise ExhaustedError("the folder for parked weights is full or cannot be written")
         self._places[kind, layer, page] = self.size, hashlib.sha256(view).digest()
         self.size += len(view)
 
     def open(self, kind: int, layer: int, page: int, out: Tile) -> None:
         """See TileStore."""
-        view, done = out.data.cast("B"), 0
+        view, complete = out.data.cast("B"), False
         offset, digest = self._places[kind, layer, page]
-        try:
-            while done < len(view):
-                read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
-                if not read:
-                    raise ParkedError
-                done += read
-        except OSError:
-            raise ParkedError from None
-        if not self._unchecked and hashlib.sha256(view).digest() != digest:
+        with suppress(OSError):
+            complete = os.preadv(self._file.fileno(), [view], offset) == len(view)
+        if not complete or (not self._unchecked and hashlib.sha256(view).digest() != digest):
             raise ParkedError

@@ -57,13 +57,13 @@ class Weights:
         self._parameters = parameters(config)
         self._resident: dict[Name, Tile] = {}
         self._scales: dict[Name, F32] = {}
-        self._squares: dict[Name, int] = {}
         self.tiles_read = self.table_scans = 0
         self.vectors = {name: self._keep(one)[:, 0] for name, one in self._parameters.items() if one.width == 1}
         positions = self._parameters.get(Name(Kind.POSITIONS))
         self.positions = self._keep(positions) if positions else None
-        for name, place in layout.places(config).items():
-            self._load(self._parameters[name], place)
+        squares = {name: self._load(self._parameters[name], place) for name, place in layout.places(config).items()}
+        names = {spec: weight_name(config, spec) for spec in self.specs}
+        self._bounds = {spec: Bound(spec.k, squares[name]) for spec, name in names.items() if name in squares}
         self.bias = {
             spec: self.vectors.get(Name(Kind.LINEAR, spec.layer, spec.linear, bias=True)) for spec in self.specs
         }
@@ -84,7 +84,7 @@ class Weights:
 
     def bound(self, spec: LinearSpec) -> Bound:
         """What step 1 of secure-infer needs to know of an int8 linear."""
-        return Bound(spec.k, self._squares[weight_name(self.config, spec)])
+        return self._bounds[spec]
 
     @contextmanager
     def tiles(self, spec: LinearSpec, scratch: Scratch) -> Iterator[Tiles]:
@@ -158,8 +158,8 @@ class Weights:
     def _dtype(self) -> type[np.generic]:
         return np.int8 if self.int8 else np.float32
 
-    def _load(self, parameter: Parameter, place: str) -> None:
-        """Read one matrix, and put it where it belongs."""
+    def _load(self, parameter: Parameter, place: str) -> int:
+        """Read one matrix, and put it where it belongs. The largest ||W_q row||^2 of int8, else 0."""
         name, shape = parameter.name, (parameter.rows, parameter.width)
         owner = "embedding" if name.kind is Kind.EMBEDDING else "weights"
         scale: F32 = np.empty(0, np.float32)
@@ -180,9 +180,9 @@ class Weights:
                 parking.add(rows)
             elif place == "resident":
                 self._resident[name][first : first + len(piece)] = rows
-        self._squares[name] = square
         if parking is not None:
             parking.finish()
+        return square
 
     def _keep(self, parameter: Parameter) -> F32:
         """A small parameter in the arena, float32[rows, width]."""
