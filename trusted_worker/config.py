@@ -16,6 +16,9 @@ PRECISIONS = ("float32", "int8")
 PREFILL = ("auto", "inside", "worker")
 KV_TYPES = ("float32", "float16", "int8")
 EMBED = ("auto", "client")
+EVIDENCE = ("none", "tsm")
+TSM_DIR = Path("/sys/kernel/config/tsm/report")
+MOST_PERTURBATION = 8.0  # logits
 DEFAULT_BUDGET = 64 << 20
 MOST_SWITCH_US = 1_000_000
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -51,6 +54,14 @@ class Settings:
     allocation_seconds: float
     drain_seconds: float
     threads: int
+    evidence: str
+    tsm_dir: Path
+    certificates: list[Path]
+    collateral: list[Path]
+    evidence_per_minute: int
+    adapter_memory: int  # of the memory budget
+    insecure_clear_adapter: list[str]  # NAME=DIR
+    least_perturbation: float
     reflection: bool
     metrics: str | None
     log_format: str
@@ -85,6 +96,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def logits(text: str) -> float:
+    """A difference of logits. Raises ValueError or argparse.ArgumentTypeError."""
+    value = float(text)
+    if not 0 <= value <= MOST_PERTURBATION:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {MOST_PERTURBATION:g}")
+    return value
+
+
 def parse(arguments: list[str] | None = None) -> Settings:
     """Settings from a command line; exits with 2 and one line on what is wrong."""
     parser = argparse.ArgumentParser(
@@ -95,11 +114,15 @@ def parse(arguments: list[str] | None = None) -> Settings:
     _add_model_flags(parser)
     _add_memory_flags(parser)
     _add_kv_shield_flags(parser)
+    _add_adapter_flags(parser)
+    _add_evidence_flags(parser)
     _add_service_flags(parser)
     tls.add_flags(parser)
     given = settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX)
     given["precision"] = given["precision"] or ("float32" if given["scheme"] == "kv-shield" else "int8")
     given["tee_profile"] = given["tee_profile"] or ""
+    for name in ("certificates", "collateral", "insecure_clear_adapter"):
+        given[name] = given[name] or []
     _check(parser, given)
     try:
         given["memory_budget"] = profiles.budget(given["tee_profile"], given["memory_budget"], DEFAULT_BUDGET)
@@ -161,6 +184,27 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
     add("--spill-dir", default=None, help="where sealed pads and pages are parked (default: the temporary folder)")
     add("--switch-us", type=count, default=0, metavar="N", help="microseconds charged for each exchange (default: 0)")
     add("--insecure-unchecked-tiles", action="store_true", help="use streamed weights without comparing their digests")
+
+
+def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("LoRA adapters and released logits").add_argument
+    add("--adapter-memory", type=size, default="0", metavar="SIZE", help="of the budget, for adapters (default: none)")
+    add(
+        "--insecure-clear-adapter",
+        action="append",
+        metavar="NAME=DIR",
+        help="load this PEFT folder, which lies here in the clear, for every client; repeatable",
+    )
+    add("--least-perturbation", type=logits, default=0.0, metavar="B", help="of all released logits (default: 0)")
+
+
+def _add_evidence_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("evidence").add_argument
+    add("--evidence", choices=EVIDENCE, default="none", help="tsm: the kernel's configfs (default: none, no TEE)")
+    add("--tsm-dir", type=Path, default=TSM_DIR, metavar="DIR", help="where it is (default: %(default)s)")
+    add("--certificates", type=Path, action="append", metavar="FILE", help="travel with SEV-SNP evidence; repeatable")
+    add("--collateral", type=Path, action="append", metavar="FILE", help="travel with evidence; repeatable")
+    add("--evidence-per-minute", type=count, default=30, metavar="N", help="made afresh, at most (default: 30)")
 
 
 def _add_service_flags(parser: argparse.ArgumentParser) -> None:

@@ -45,20 +45,34 @@ global___FinishReason = FinishReason
 
 @typing.final
 class Sealed(google.protobuf.message.Message):
-    """A serialised message in the envelope of the channel. Without attestation (provider "none") the envelope is
-    empty and body is the message itself.
+    """A frame of one direction of one call: a padded message, sealed as wire/sealing.py has it. Every call is an HPKE exchange
+    of its own. The first frame from the client has the encapsulated key, and the session's name when the call belongs to
+    a session; the first frame from the server has a nonce. A serialised frame has one of four sizes.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     BODY_FIELD_NUMBER: builtins.int
+    ENC_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
     body: builtins.bytes
+    """ciphertext and tag"""
+    enc: builtins.bytes
+    """32 bytes: HPKE's encapsulated key"""
+    session: builtins.bytes
+    """16 bytes"""
+    nonce: builtins.bytes
+    """32 bytes, fresh"""
     def __init__(
         self,
         *,
         body: builtins.bytes = ...,
+        enc: builtins.bytes = ...,
+        session: builtins.bytes = ...,
+        nonce: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["body", b"body"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["body", b"body", "enc", b"enc", "nonce", b"nonce", "session", b"session"]) -> None: ...
 
 global___Sealed = Sealed
 
@@ -68,7 +82,7 @@ class AttestRequest(google.protobuf.message.Message):
 
     NONCE_FIELD_NUMBER: builtins.int
     nonce: builtins.bytes
-    """32 bytes, fresh"""
+    """32 bytes, fresh; empty: evidence over a nonce of the worker's own will do"""
     def __init__(
         self,
         *,
@@ -84,16 +98,41 @@ class AttestResponse(google.protobuf.message.Message):
 
     PROVIDER_FIELD_NUMBER: builtins.int
     EVIDENCE_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
+    HPKE_KEY_FIELD_NUMBER: builtins.int
+    CLAIMS_FIELD_NUMBER: builtins.int
+    CERTIFICATES_FIELD_NUMBER: builtins.int
+    COLLATERAL_FIELD_NUMBER: builtins.int
     provider: builtins.str
     """"none": an ordinary process, no evidence"""
     evidence: builtins.bytes
+    """SEV-SNP report or TDX quote"""
+    nonce: builtins.bytes
+    """what the evidence was made over"""
+    hpke_key: builtins.bytes
+    """X25519 public key, 32 bytes; of this boot, or newer"""
+    claims: builtins.bytes
+    """canonical JSON: see wire/binding.py"""
+    @property
+    def certificates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """DER"""
+
+    @property
+    def collateral(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """SEV-SNP: revocation lists; TDX: one JSON object"""
+
     def __init__(
         self,
         *,
         provider: builtins.str = ...,
         evidence: builtins.bytes = ...,
+        nonce: builtins.bytes = ...,
+        hpke_key: builtins.bytes = ...,
+        claims: builtins.bytes = ...,
+        certificates: collections.abc.Iterable[builtins.bytes] | None = ...,
+        collateral: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["evidence", b"evidence", "provider", b"provider"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["certificates", b"certificates", "claims", b"claims", "collateral", b"collateral", "evidence", b"evidence", "hpke_key", b"hpke_key", "nonce", b"nonce", "provider", b"provider"]) -> None: ...
 
 global___AttestResponse = AttestResponse
 
@@ -110,6 +149,7 @@ class Sampling(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     SEEDED_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    PERTURBATION_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """0: greedy"""
     top_p: builtins.float
@@ -123,6 +163,8 @@ class Sampling(google.protobuf.message.Message):
     """false: seed from the operating system"""
     logprobs: builtins.int
     """how many top log-probabilities go with each token"""
+    perturbation: builtins.float
+    """released logits are off by at most this much; 0: exact, if the worker permits that"""
     def __init__(
         self,
         *,
@@ -133,8 +175,9 @@ class Sampling(google.protobuf.message.Message):
         seed: builtins.int = ...,
         seeded: builtins.bool = ...,
         logprobs: builtins.int = ...,
+        perturbation: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "seeded", b"seeded", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "perturbation", b"perturbation", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "seeded", b"seeded", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
 
 global___Sampling = Sampling
 
@@ -147,11 +190,14 @@ class OpenRequest(google.protobuf.message.Message):
     PRECISION_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     model: builtins.str
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     max_context: builtins.int
     """tokens; 0: the worker chooses what fits"""
+    adapter: builtins.bytes
+    """empty: none; what Upload answered, or the name of one that the operator loaded"""
     @property
     def sampling(self) -> global___Sampling: ...
     def __init__(
@@ -162,9 +208,10 @@ class OpenRequest(google.protobuf.message.Message):
         precision: wire.v1.gpu_worker_pb2.Precision.ValueType = ...,
         sampling: global___Sampling | None = ...,
         max_context: builtins.int = ...,
+        adapter: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["max_context", b"max_context", "model", b"model", "precision", b"precision", "sampling", b"sampling", "scheme", b"scheme"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "max_context", b"max_context", "model", b"model", "precision", b"precision", "sampling", b"sampling", "scheme", b"scheme"]) -> None: ...
 
 global___OpenRequest = OpenRequest
 
@@ -181,8 +228,10 @@ class OpenResponse(google.protobuf.message.Message):
     MAX_FRAME_TOKENS_FIELD_NUMBER: builtins.int
     CLIENT_EMBEDS_FIELD_NUMBER: builtins.int
     HIDDEN_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    PERTURBATION_FIELD_NUMBER: builtins.int
     session: builtins.bytes
-    """16 random bytes: whoever knows them holds the session"""
+    """its name, 16 random bytes; the secret is the one that this exchange exports"""
     model: builtins.str
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
@@ -193,6 +242,10 @@ class OpenResponse(google.protobuf.message.Message):
     """every token's embedding comes from the client: see DecodeRequest"""
     hidden: builtins.int
     """width of an embedding"""
+    adapter: builtins.bytes
+    """as it was asked for"""
+    perturbation: builtins.float
+    """in force: at least what was asked for"""
     def __init__(
         self,
         *,
@@ -205,8 +258,10 @@ class OpenResponse(google.protobuf.message.Message):
         max_frame_tokens: builtins.int = ...,
         client_embeds: builtins.bool = ...,
         hidden: builtins.int = ...,
+        adapter: builtins.bytes = ...,
+        perturbation: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client_embeds", b"client_embeds", "hidden", b"hidden", "max_context", b"max_context", "max_frame_tokens", b"max_frame_tokens", "model", b"model", "precision", b"precision", "scheme", b"scheme", "session", b"session", "vocabulary", b"vocabulary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "client_embeds", b"client_embeds", "hidden", b"hidden", "max_context", b"max_context", "max_frame_tokens", b"max_frame_tokens", "model", b"model", "perturbation", b"perturbation", "precision", b"precision", "scheme", b"scheme", "session", b"session", "vocabulary", b"vocabulary"]) -> None: ...
 
 global___OpenResponse = OpenResponse
 
@@ -214,12 +269,10 @@ global___OpenResponse = OpenResponse
 class DecodeRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     CREDIT_FIELD_NUMBER: builtins.int
     END_TURN_FIELD_NUMBER: builtins.int
     EMBEDDINGS_FIELD_NUMBER: builtins.int
-    session: builtins.bytes
     credit: builtins.int
     """tokens that the server may send on top of what it may send already; 4096 in all"""
     end_turn: builtins.bool
@@ -235,13 +288,12 @@ class DecodeRequest(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        session: builtins.bytes = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         credit: builtins.int = ...,
         end_turn: builtins.bool = ...,
         embeddings: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["credit", b"credit", "embeddings", b"embeddings", "end_turn", b"end_turn", "session", b"session", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["credit", b"credit", "embeddings", b"embeddings", "end_turn", b"end_turn", "token_ids", b"token_ids"]) -> None: ...
 
 global___DecodeRequest = DecodeRequest
 
@@ -329,14 +381,9 @@ global___DecodeResponse = DecodeResponse
 class CloseRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: builtins.int
-    session: builtins.bytes
     def __init__(
         self,
-        *,
-        session: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
 
 global___CloseRequest = CloseRequest
 
@@ -349,6 +396,51 @@ class CloseResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___CloseResponse = CloseResponse
+
+@typing.final
+class UploadRequest(google.protobuf.message.Message):
+    """A LoRA adapter in PEFT's layout: first both sizes and the whole adapter_config.json, then the bytes of
+    adapter_model.safetensors in order, in any pieces.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: builtins.int
+    WEIGHTS_SIZE_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    config: builtins.bytes
+    weights_size: builtins.int
+    weights: builtins.bytes
+    def __init__(
+        self,
+        *,
+        config: builtins.bytes = ...,
+        weights_size: builtins.int = ...,
+        weights: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "weights", b"weights", "weights_size", b"weights_size"]) -> None: ...
+
+global___UploadRequest = UploadRequest
+
+@typing.final
+class UploadResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    adapter: builtins.bytes
+    """16 random bytes: whoever knows them can open sessions with it, while it is kept"""
+    size: builtins.int
+    """of the budget, bytes"""
+    def __init__(
+        self,
+        *,
+        adapter: builtins.bytes = ...,
+        size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "size", b"size"]) -> None: ...
+
+global___UploadResponse = UploadResponse
 
 @typing.final
 class StatsRequest(google.protobuf.message.Message):
@@ -405,6 +497,9 @@ class StatsResponse(google.protobuf.message.Message):
     KV_PAGES_CAPACITY_FIELD_NUMBER: builtins.int
     KV_PAGES_USED_FIELD_NUMBER: builtins.int
     SPILL_BYTES_FIELD_NUMBER: builtins.int
+    ADAPTERS_FIELD_NUMBER: builtins.int
+    ADAPTER_BYTES_FIELD_NUMBER: builtins.int
+    ADAPTER_CAPACITY_FIELD_NUMBER: builtins.int
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     exchanges: builtins.int
@@ -464,6 +559,12 @@ class StatsResponse(google.protobuf.message.Message):
     kv_pages_used: builtins.int
     spill_bytes: builtins.int
     """parked outside the budget: pads, pages, tiles"""
+    adapters: builtins.int
+    """held now"""
+    adapter_bytes: builtins.int
+    """of the budget, taken by them"""
+    adapter_capacity: builtins.int
+    """set aside for them"""
     def __init__(
         self,
         *,
@@ -506,7 +607,10 @@ class StatsResponse(google.protobuf.message.Message):
         kv_pages_capacity: builtins.int = ...,
         kv_pages_used: builtins.int = ...,
         spill_bytes: builtins.int = ...,
+        adapters: builtins.int = ...,
+        adapter_bytes: builtins.int = ...,
+        adapter_capacity: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["embedding", b"embedding", "exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "kv_pages_capacity", b"kv_pages_capacity", "kv_pages_used", b"kv_pages_used", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_not_dumped", b"memory_not_dumped", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "memory_wiped_on_fork", b"memory_wiped_on_fork", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "process_limit", b"process_limit", "process_limit_bytes", b"process_limit_bytes", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "spill_bytes", b"spill_bytes", "step_seconds", b"step_seconds", "switch_us", b"switch_us", "table_scans", b"table_scans", "tee_profile", b"tee_profile", "tiles_read", b"tiles_read", "tiles_unchecked", b"tiles_unchecked", "tokens", b"tokens", "weights_resident", b"weights_resident", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_bytes", b"adapter_bytes", "adapter_capacity", b"adapter_capacity", "adapters", b"adapters", "embedding", b"embedding", "exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "kv_pages_capacity", b"kv_pages_capacity", "kv_pages_used", b"kv_pages_used", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_not_dumped", b"memory_not_dumped", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "memory_wiped_on_fork", b"memory_wiped_on_fork", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "process_limit", b"process_limit", "process_limit_bytes", b"process_limit_bytes", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "spill_bytes", b"spill_bytes", "step_seconds", b"step_seconds", "switch_us", b"switch_us", "table_scans", b"table_scans", "tee_profile", b"tee_profile", "tiles_read", b"tiles_read", "tiles_unchecked", b"tiles_unchecked", "tokens", b"tokens", "weights_resident", b"weights_resident", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
 
 global___StatsResponse = StatsResponse

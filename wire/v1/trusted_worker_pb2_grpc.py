@@ -55,6 +55,11 @@ class TrustedWorkerServiceStub(object):
                 request_serializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.SerializeToString,
                 response_deserializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.FromString,
                 _registered_method=True)
+        self.Upload = channel.stream_unary(
+                '/wire.v1.TrustedWorkerService/Upload',
+                request_serializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.SerializeToString,
+                response_deserializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/wire.v1.TrustedWorkerService/Stats',
                 request_serializer=wire_dot_v1_dot_trusted__worker__pb2.StatsRequest.SerializeToString,
@@ -93,6 +98,13 @@ class TrustedWorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Upload(self, request_iterator, context):
+        """UploadRequest -> UploadResponse
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -119,6 +131,11 @@ def add_TrustedWorkerServiceServicer_to_server(servicer, server):
             ),
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
+                    request_deserializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.FromString,
+                    response_serializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.SerializeToString,
+            ),
+            'Upload': grpc.stream_unary_rpc_method_handler(
+                    servicer.Upload,
                     request_deserializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.FromString,
                     response_serializer=wire_dot_v1_dot_trusted__worker__pb2.Sealed.SerializeToString,
             ),
@@ -235,6 +252,33 @@ class TrustedWorkerService(object):
             request,
             target,
             '/wire.v1.TrustedWorkerService/Close',
+            wire_dot_v1_dot_trusted__worker__pb2.Sealed.SerializeToString,
+            wire_dot_v1_dot_trusted__worker__pb2.Sealed.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/wire.v1.TrustedWorkerService/Upload',
             wire_dot_v1_dot_trusted__worker__pb2.Sealed.SerializeToString,
             wire_dot_v1_dot_trusted__worker__pb2.Sealed.FromString,
             options,

@@ -44,6 +44,12 @@ class TrustedWorkerServiceStub:
     ]
     """CloseRequest -> CloseResponse"""
 
+    Upload: grpc.StreamUnaryMultiCallable[
+        wire.v1.trusted_worker_pb2.Sealed,
+        wire.v1.trusted_worker_pb2.Sealed,
+    ]
+    """UploadRequest -> UploadResponse"""
+
     Stats: grpc.UnaryUnaryMultiCallable[
         wire.v1.trusted_worker_pb2.StatsRequest,
         wire.v1.trusted_worker_pb2.StatsResponse,
@@ -74,6 +80,12 @@ class TrustedWorkerServiceAsyncStub:
         wire.v1.trusted_worker_pb2.Sealed,
     ]
     """CloseRequest -> CloseResponse"""
+
+    Upload: grpc.aio.StreamUnaryMultiCallable[
+        wire.v1.trusted_worker_pb2.Sealed,
+        wire.v1.trusted_worker_pb2.Sealed,
+    ]
+    """UploadRequest -> UploadResponse"""
 
     Stats: grpc.aio.UnaryUnaryMultiCallable[
         wire.v1.trusted_worker_pb2.StatsRequest,
@@ -113,6 +125,14 @@ class TrustedWorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[wire.v1.trusted_worker_pb2.Sealed, collections.abc.Awaitable[wire.v1.trusted_worker_pb2.Sealed]]:
         """CloseRequest -> CloseResponse"""
+
+    @abc.abstractmethod
+    def Upload(
+        self,
+        request_iterator: _MaybeAsyncIterator[wire.v1.trusted_worker_pb2.Sealed],
+        context: _ServicerContext,
+    ) -> typing.Union[wire.v1.trusted_worker_pb2.Sealed, collections.abc.Awaitable[wire.v1.trusted_worker_pb2.Sealed]]:
+        """UploadRequest -> UploadResponse"""
 
     @abc.abstractmethod
     def Stats(
