@@ -1,7 +1,9 @@
 """A session with the trusted worker: connect, attest, verify, open, decode; in this order and no other.
 
 Only a `TrustedWorker` can open sessions, and it cannot be made without the `VerifiedPeer` that the attestation
-policy hands out. The reply to Open must echo what was asked for, or the session is refused. Every call has a deadline.
+policy hands out: every call is sealed for the key of that peer (wire/sealing.py). After the connection was lost, and
+when the worker has another key than it had, its evidence is asked for and verified again before anything else is sent.
+The reply to Open must echo what was asked for, or the session is refused. Every call has a deadline.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from client.attestation.policy import Policy, VerifiedPeer, verify
+from client.attestation.policy import Offer, Policy, VerifiedPeer, verify
 from client.embedding import EmbeddingTable
 from client.turn import DecodeStream, Pacing, Turn
 from wire.channel import CONNECT_SECONDS, client_options
@@ -23,10 +25,11 @@ from wire.errors import (
     DeniedError,
     InvalidArgumentError,
     PreconditionError,
+    UnauthenticatedError,
     UnavailableError,
     from_status,
 )
-from wire.sealing import NoSeal, Seal
+from wire.sealing import ClientCall
 from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -128,13 +131,13 @@ class Session:
     """One conversation's state on the trusted worker. `context` holds exactly the tokens that it holds."""
 
     def __init__(
-        self, worker: "TrustedWorker", opened: pb.OpenResponse, stream: DecodeStream, table: EmbeddingTable | None
+        self, opened: pb.OpenResponse, stream: DecodeStream, table: EmbeddingTable | None, forget: Callable[[], None]
     ) -> None:
         self.context: list[int] = []
-        self._worker = worker
         self._opened = opened
         self._stream = stream
         self._table = table
+        self._forget = forget
         self._turn: Turn | None = None
 
     @property
@@ -151,26 +154,33 @@ class Session:
                 f"a token id is out of range: this model's ids are 0 to {self._opened.vocabulary - 1}"
             )
         embed = self._table.rows if self._table else None
-        self._turn = Turn(self._stream, self._opened.session, self.context, pacing, embed)
+        self._turn = Turn(self._stream, self.context, pacing, embed)
         self._turn.begin(token_ids, max(self._opened.max_frame_tokens, 1))
         return self._turn
 
     def close(self) -> None:
         """Free the session on the trusted worker; if it cannot be told, it will notice by itself."""
         self._stream.close()
-        self._worker.forget(self._opened.session)
+        self._forget()
         if self._table:
             self._table.close()
 
 
 class TrustedWorker:
-    """A connection to a peer that the policy accepted. A context manager."""
+    """A connection to a peer that the policy accepts, made by `connect`. A context manager."""
 
-    def __init__(self, channel: grpc.Channel, peer: VerifiedPeer) -> None:
-        self.peer = peer
-        self._channel = channel
-        self._seal: Seal = NoSeal()
-        self._stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(channel)
+    def __init__(self, target: str, policy: Policy, seconds: float) -> None:
+        """Raises UnauthenticatedError when the policy refuses the peer; nothing was sent by then."""
+        self._target, self._policy, self._seconds = target, policy, seconds
+        self._channel = grpc.insecure_channel(target, options=client_options())
+        self._stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(self._channel)
+        self._lost = False  # the connection, since the peer was verified
+        try:
+            self.peer = self._verified()
+        except BaseException:
+            self._channel.close()
+            raise
+        self._channel.subscribe(self._watch)
 
     def __enter__(self) -> Self:
         return self
@@ -181,17 +191,39 @@ class TrustedWorker:
     def open(self, request: Request) -> Session:
         """Open a session. Raises DeniedError when the reply does not echo the request.
 
-        Raises PreconditionError when embedding is left to this client and its copy of the model cannot serve for it.
+        Raises PreconditionError when embedding is left to this client and its copy of the model cannot serve for it,
+        UnauthenticatedError when the peer is not the one that was verified, and the policy refuses the one that it is.
         """
-        sealed = self._seal.wrap(request.message())
-        opened = self._seal.open(_call(lambda: self._stub.Open(sealed, timeout=OPEN_SECONDS)), pb.OpenResponse)
+        if self._lost:
+            self.peer = self._verified()
+        try:
+            return self._open(request)
+        except UnauthenticatedError:  # it has another key than the one that was verified
+            self.peer = self._verified()
+            return self._open(request)
+
+    def _open(self, request: Request) -> Session:
+        peer, call = self.peer, ClientCall(self.peer.hpke_key, "Open")
+        sealed = call.wrap(request.message())
+        opened = call.open(_call(lambda: self._stub.Open(sealed, timeout=OPEN_SECONDS)), pb.OpenResponse)
         _check_echo(request, opened)
+        key = peer.hpke_key, opened.session, call.secret
         try:
             table = _table(request, opened) if opened.client_embeds else None
         except BaseException:
-            self.forget(opened.session)
+            self.forget(*key)
             raise
-        return Session(self, opened, DecodeStream(self._stub.Decode, self._seal), table)
+        stream = DecodeStream(self._stub.Decode, ClientCall(peer.hpke_key, "Decode", opened.session, call.secret))
+        return Session(opened, stream, table, lambda: self.forget(*key))
+
+    def _verified(self) -> VerifiedPeer:
+        self._lost = False
+        return _attest(self._stub, self._target, self._policy, self._seconds)
+
+    def _watch(self, state: grpc.ChannelConnectivity) -> None:
+        """Runs in a thread of gRPC."""
+        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.IDLE):
+            self._lost = True
 
     def counters(self) -> Counters:
         """The worker's counters now."""
@@ -211,35 +243,34 @@ class TrustedWorker:
             time.sleep(POLL_SECONDS)
         return waited
 
-    def forget(self, session: bytes) -> None:
+    def forget(self, hpke_key: bytes, session: bytes, secret: bytes) -> None:
         """Tell the worker to free a session, as far as it still listens."""
-        request = self._seal.wrap(pb.CloseRequest(session=session))
+        sealed = ClientCall(hpke_key, "Close", session, secret).wrap(pb.CloseRequest())
         with contextlib.suppress(grpc.RpcError):
-            self._stub.Close(request, timeout=CLOSE_SECONDS)
+            self._stub.Close(sealed, timeout=CLOSE_SECONDS)
 
 
 def connect(target: str, policy: Policy, seconds: float = CONNECT_SECONDS) -> TrustedWorker:
     """Connect and attest. Raises UnauthenticatedError when the policy refuses the peer; nothing was sent by then."""
-    channel = grpc.insecure_channel(target, options=client_options())
-    try:
-        return TrustedWorker(channel, _attest(channel, target, policy, seconds))
-    except BaseException:
-        channel.close()
-        raise
+    return TrustedWorker(target, policy, seconds)
 
 
-def _attest(channel: grpc.Channel, target: str, policy: Policy, seconds: float) -> VerifiedPeer:
-    stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(channel)
-    request = pb.AttestRequest(nonce=os.urandom(NONCE_BYTES))
+def _attest(
+    stub: trusted_worker_pb2_grpc.TrustedWorkerServiceStub, target: str, policy: Policy, seconds: float
+) -> VerifiedPeer:
+    nonce = os.urandom(NONCE_BYTES)
     try:
-        response = stub.Attest(request, timeout=seconds)
+        answer = stub.Attest(pb.AttestRequest(nonce=nonce), timeout=seconds)
     except grpc.RpcError as error:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise UnavailableError(f"no trusted worker answers at {target}: start one with `cleave up`") from error
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
             raise PreconditionError(f"what answers at {target} is not a trusted worker") from error
         raise from_status(error.code(), error.details()) from error
-    return verify(target, response.provider, policy)
+    offer = Offer(
+        nonce, answer.evidence, answer.hpke_key, answer.claims, tuple(answer.certificates), tuple(answer.collateral)
+    )
+    return verify(target, answer.provider, policy, offer)
 
 
 def _check_echo(request: Request, opened: pb.OpenResponse) -> None:

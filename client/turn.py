@@ -7,6 +7,9 @@ know the same context. Tokens that arrive after `end` was called belong to the c
 Where the client embeds, a token's embedding travels with its id, or in a frame of its own as soon as the server has
 sent the token, whatever has become of the turn: so every token of `context` has exactly one, between turns too.
 
+Every frame is sealed (wire/sealing.py): what does not open in its place ends the session, and so does a stream that
+ends before its FINAL.
+
 The stream is read by a thread of its own, so every wait here has a deadline and a signal handler may call `end`.
 """
 
@@ -19,7 +22,7 @@ from typing import Any
 import grpc
 
 from wire.errors import CleaveError, DeadlineError, InvalidArgumentError, UnavailableError, from_status
-from wire.sealing import Seal
+from wire.sealing import ClientCall
 from wire.v1 import trusted_worker_pb2 as pb
 
 Embed = Callable[[Sequence[int]], bytes]  # tokens to their embeddings, one after the other
@@ -48,7 +51,7 @@ class Pacing:
 class DecodeStream:
     """The Decode call of one session, open over several turns. Close it when done, or after any error."""
 
-    def __init__(self, decode: Callable[[Iterator[pb.Sealed]], Any], seal: Seal) -> None:
+    def __init__(self, decode: Callable[[Iterator[pb.Sealed]], Any], seal: ClientCall) -> None:
         self._seal = seal
         self._requests: SimpleQueue[pb.DecodeRequest | None] = SimpleQueue()  # its put is safe in a signal handler
         self._responses: SimpleQueue[pb.DecodeResponse | CleaveError] = SimpleQueue()
@@ -86,7 +89,7 @@ class DecodeStream:
         try:
             for sealed in self._call:
                 self._responses.put(self._seal.open(sealed, pb.DecodeResponse))
-            self._responses.put(UnavailableError("the trusted worker ended the conversation"))
+            self._responses.put(UnavailableError("the conversation was cut before the end of its answer came"))
         except CleaveError as error:
             self._responses.put(error)
         except grpc.RpcError as error:
@@ -99,12 +102,9 @@ class Turn:
     It is one of eos, length, stop, interrupted, context. `embed` is None where the trusted worker embeds.
     """
 
-    def __init__(
-        self, stream: DecodeStream, session: bytes, context: list[int], pacing: Pacing, embed: Embed | None = None
-    ) -> None:
+    def __init__(self, stream: DecodeStream, context: list[int], pacing: Pacing, embed: Embed | None = None) -> None:
         self.finish_reason: str | None = None
         self._stream = stream
-        self._session = session
         self._context = context
         self._pacing = pacing
         self._embed = embed
@@ -124,7 +124,7 @@ class Turn:
         """Ask for FINAL; the iteration then drains. Safe in a signal handler, and more than once."""
         if self._ended is None and self.finish_reason is None:
             self._ended = reason
-            self._stream.send(pb.DecodeRequest(session=self._session, end_turn=True))
+            self._stream.send(pb.DecodeRequest(end_turn=True))
 
     def __iter__(self) -> Iterator[Token]:
         while self.finish_reason is None:
@@ -161,7 +161,7 @@ class Turn:
         """A frame with new tokens, credit, and the embeddings of `embedded`, where the client embeds."""
         self._granted += credit
         rows = self._embed(embedded) if self._embed else b""
-        self._stream.send(pb.DecodeRequest(session=self._session, token_ids=token_ids, credit=credit, embeddings=rows))
+        self._stream.send(pb.DecodeRequest(token_ids=token_ids, credit=credit, embeddings=rows))
 
     def _finish(self, final: pb.Final) -> None:
         if final.context_tokens != len(self._context):

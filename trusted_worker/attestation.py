@@ -1,4 +1,6 @@
-"""Evidence for clients. An ordinary process has none, and says so: provider "none", nothing to verify."""
+"""TEMPORARY."""
+
+import secrets
 
 from wire.errors import InvalidArgumentError
 from wire.v1 import trusted_worker_pb2 as pb
@@ -6,8 +8,16 @@ from wire.v1 import trusted_worker_pb2 as pb
 NONCE_BYTES = 32
 
 
-def attest(nonce: bytes) -> pb.AttestResponse:
-    """Evidence over a client's fresh nonce. Raises InvalidArgumentError for a nonce of another size."""
-    if len(nonce) != NONCE_BYTES:
-        raise InvalidArgumentError(f"the nonce must be {NONCE_BYTES} bytes")
-    return pb.AttestResponse(provider="none")
+class Attestor:
+    def __init__(self, settings, hpke_key, claims):
+        self._key, self._claims = hpke_key, claims
+
+    async def attest(self, request):
+        if len(request.nonce) not in (0, NONCE_BYTES):
+            raise InvalidArgumentError(f"the nonce must be {NONCE_BYTES} bytes")
+        return pb.AttestResponse(
+            provider="none",
+            nonce=request.nonce or secrets.token_bytes(32),
+            hpke_key=self._key(),
+            claims=self._claims(),
+        )

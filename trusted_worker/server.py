@@ -1,4 +1,4 @@
-"""gRPC for clients: envelopes and frames in, calls on the service, status codes out. One asyncio thread.
+"""gRPC for clients: sealed frames in, calls on the service, sealed frames or a status code out. One asyncio thread.
 
 Nothing is computed here. Errors of our tree become their status code with their own text; anything else becomes
 INTERNAL with a fixed text. No text of a library and no value reaches a peer or a log.
@@ -13,12 +13,12 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from trusted_worker import attestation
+from trusted_worker.attestation import Attestor
 from trusted_worker.config import Settings
 from trusted_worker.service import Service
 from trusted_worker.session import Event, Session
-from wire.errors import CleaveError, DeadlineError, InvalidArgumentError
-from wire.sealing import Seal
+from wire.errors import CleaveError, DeadlineError, SealError
+from wire.sealing import Receiver, WorkerCall
 from wire.v1 import trusted_worker_pb2 as pb
 from wire.v1 import trusted_worker_pb2_grpc
 
@@ -55,37 +55,39 @@ def _mapped(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
 class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
     """The servicer."""
 
-    def __init__(self, service: Service, seal: Seal, settings: Settings) -> None:
-        self._service, self._seal, self._settings = service, seal, settings
+    def __init__(self, service: Service, settings: Settings) -> None:
+        self._service, self._settings = service, settings
+        self._receiver = Receiver()
+        self._attestor = Attestor(settings, lambda: self._receiver.public_key, service.claims)
         self._expiry: dict[bytes, asyncio.TimerHandle] = {}
 
     @_mapped
     async def Attest(self, request: pb.AttestRequest, context: Context) -> pb.AttestResponse:
         """Evidence over the client's nonce."""
-        return attestation.attest(request.nonce)
+        return await self._attestor.attest(request)
 
     @_mapped
     async def Open(self, request: pb.Sealed, context: Context) -> pb.Sealed:
         """A session, or the reason why not."""
-        opened = self._seal.open(request, pb.OpenRequest)
+        call, opened = self._receiver.accept(request, "Open", pb.OpenRequest)
         if not self._service.engine.loaded.done():
-            return self._seal.wrap(self._service.open(opened))  # refuses: the model is loading
-        future = self._service.engine.submit(partial(self._service.open, opened))
+            return call.wrap(self._service.open(opened, call.secret))  # refuses: the model is loading
+        future = self._service.engine.submit(partial(self._service.open, opened, call.secret))
         try:
             response = await self._result(future, self._settings.allocation_seconds)
         except BaseException:  # the client has left, or waited too long: nobody knows the session's name
             future.add_done_callback(self._abandon)
             raise
         self._expire_later(response.session)
-        return self._seal.wrap(response)
+        return call.wrap(response)
 
     @_mapped
     async def Close(self, request: pb.Sealed, context: Context) -> pb.Sealed:
         """End a session."""
-        closed = self._seal.open(request, pb.CloseRequest)
-        self._keep(closed.session)
-        await self._compute(partial(self._service.close, closed.session))
-        return self._seal.wrap(pb.CloseResponse())
+        call, _ = self._receiver.accept(request, "Close", pb.CloseRequest, self._secret)
+        self._keep(request.session)
+        await self._compute(partial(self._service.close, request.session))
+        return call.wrap(pb.CloseResponse())
 
     @_mapped
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
@@ -94,41 +96,44 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     async def Decode(self, requests: AsyncIterator[pb.Sealed], context: Context) -> AsyncIterator[pb.Sealed]:
         """Frames in, tokens out, over any number of turns of one session."""
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        reader = asyncio.create_task(self._read(requests, emit, events))
+        events: asyncio.Queue[Event | WorkerCall | None] = asyncio.Queue()  # first the call that seals the others
+        reader = asyncio.create_task(self._read(requests, events))
+        call: WorkerCall | None = None
         try:
             while (event := await events.get()) is not None:
                 if isinstance(event, CleaveError):
                     await _abort(context, event)
-                yield self._seal.wrap(event)
+                elif isinstance(event, WorkerCall):
+                    call = event
+                elif call is not None:
+                    yield call.wrap(event)
         finally:
             reader.cancel()
 
     async def _read(
-        self, requests: AsyncIterator[pb.Sealed], emit: Callable[[Event], None], events: "asyncio.Queue[Event | None]"
+        self, requests: AsyncIterator[pb.Sealed], events: "asyncio.Queue[Event | WorkerCall | None]"
     ) -> None:
-        """Feed the session from the client's frames. The first frame names it; the others must agree."""
+        """Feed the session from the client's frames. The first one names it."""
+        loop = asyncio.get_running_loop()
         name, session = b"", None
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
         try:
-            while (sealed := await self._next(requests, session)) is not None:
-                frame = self._seal.open(sealed, pb.DecodeRequest)
-                if session is None:
-                    name, session = frame.session, self._service.session(frame.session)
-                    self._keep(name)
-                    await self._compute(partial(session.attach, emit))
-                if frame.session != name:
-                    raise InvalidArgumentError("a stream belongs to one session")
-                await self._compute(
-                    partial(session.feed, frame.token_ids, frame.credit, frame.end_turn, frame.embeddings)
-                )
-                while session.backlog > MAX_BACKLOG and not session.dead:  # the client waits: no more frames are read
-                    await asyncio.sleep(POLL_SECONDS)
+            first = await self._first(requests)
+            call, frame = self._receiver.accept(first, "Decode", pb.DecodeRequest, self._secret)
+            name, session = first.session, self._service.session(first.session)
+            self._keep(name)
+            events.put_nowait(call)
+            await self._compute(partial(session.attach, emit))
+            await self._feed(session, frame)
+            async for sealed in requests:
+                await self._feed(session, call.open(sealed, pb.DecodeRequest))
             events.put_nowait(None)
+        except SealError as error:  # somebody is between us and the client: what it sent is not known
+            self._service.engine.submit(partial(self._service.close, name))
+            events.put_nowait(error)
         except CleaveError as error:
             events.put_nowait(error)
         except grpc.aio.AbortError:
@@ -140,13 +145,22 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             if session is not None:
                 self._detach(name, session, emit)
 
-    async def _next(self, requests: AsyncIterator[pb.Sealed], session: Session | None) -> pb.Sealed | None:
-        """The client's next frame. Before the first one, which names a session, there is a deadline."""
+    async def _feed(self, session: Session, frame: pb.DecodeRequest) -> None:
+        await self._compute(partial(session.feed, frame.token_ids, frame.credit, frame.end_turn, frame.embeddings))
+        while session.backlog > MAX_BACKLOG and not session.dead:  # the client waits: no more frames are read
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _first(self, requests: AsyncIterator[pb.Sealed]) -> pb.Sealed:
+        """The frame that names a session. There is a deadline for it; a stream without frames has none that opens."""
         try:
-            async with asyncio.timeout(self._settings.request_seconds if session is None else None):
-                return await anext(requests, None)
+            async with asyncio.timeout(self._settings.request_seconds):
+                return await anext(requests, pb.Sealed())
         except TimeoutError:
             raise DeadlineError("a stream must begin with a frame") from None
+
+    def _secret(self, session: bytes) -> bytes:
+        """Of a session. Raises UnauthenticatedError when there is none of that name."""
+        return self._service.session(session).secret
 
     def _detach(self, name: bytes, session: Session, emit: Callable[[Event], None]) -> None:
         loop = asyncio.get_running_loop()

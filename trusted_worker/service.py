@@ -56,8 +56,8 @@ class Service:
         self._sessions: dict[bytes, Session] = {}
         self.engine = Engine(self._load, MAX_ROWS)
 
-    def open(self, request: pb.OpenRequest) -> pb.OpenResponse:
-        """Admit a session or refuse it before anything starts."""
+    def open(self, request: pb.OpenRequest, secret: bytes) -> pb.OpenResponse:
+        """Admit a session or refuse it before anything starts. `secret`: what its other calls are sealed with."""
         self._check(request)
         if self.draining:
             raise UnavailableError("the trusted worker is draining: it takes no new sessions")
@@ -69,7 +69,7 @@ class Service:
         sampler = Sampler(request.sampling)
         scheme, embeds = self._assembled.scheme, self._client_embeds
         cache = scheme.open(request.max_context) if request.max_context else _open(scheme, most)
-        session = Session(self.config, cache, sampler, self._assembled.scratch, self._latencies, embeds)
+        session = Session(self.config, cache, sampler, self._assembled.scratch, self._latencies, secret, embeds)
         self.engine.add(session)
         name = secrets.token_bytes(SESSION_BYTES)
         self._sessions = {key: one for key, one in self._sessions.items() if not one.dead} | {name: session}
@@ -106,6 +106,10 @@ class Service:
         session = self._sessions.get(name)
         if session is not None and not session.attached:
             self.close(name)
+
+    def claims(self) -> bytes:
+        """TEMPORARY"""
+        return b"{}"
 
     def stats(self) -> pb.StatsResponse:
         """Counters since the start."""

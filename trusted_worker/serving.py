@@ -15,7 +15,6 @@ from wire import channel, metrics
 from wire.errors import DeniedError, UnavailableError
 from wire.health import Health
 from wire.messages import Parser
-from wire.sealing import NoSeal
 from wire.v1 import trusted_worker_pb2, trusted_worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -46,9 +45,7 @@ async def _serve(service: Service, settings: Settings) -> None:
     server = grpc.aio.server(
         options=channel.server_options(), maximum_concurrent_rpcs=MAX_CALLS, interceptors=[Parser()]
     )
-    trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(
-        TrustedWorker(service, NoSeal(), settings), server
-    )
+    trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(TrustedWorker(service, settings), server)
     healthy = Health(NAME)
     await healthy.add(server)
     if settings.reflection:

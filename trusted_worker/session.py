@@ -42,9 +42,10 @@ class Session:
         sampler: Sampler,
         scratch: Scratch,
         latencies: Latencies,
+        secret: bytes = b"",
         client_embeds: bool = False,
     ) -> None:
-        self.cache = cache
+        self.cache, self.secret = cache, secret
         self._scratch, self._latencies = scratch, latencies
         self._width = 4 * config.hidden if client_embeds else 0  # bytes of an embedding
         self._embeddings: deque[bytes] = deque()  # of the first pending tokens

@@ -8,7 +8,8 @@
     |- DeniedError               PERMISSION_DENIED    an operation or policy that this process refuses
     |- UnauthenticatedError      UNAUTHENTICATED      no evidence, bad evidence, unknown session
     |- VerificationError         DATA_LOSS            a product or a seal failed its check; never retried silently
-    |  `- ParkedError            DATA_LOSS            the same of our own disk: not the GPU worker's doing
+    |  |- ParkedError            DATA_LOSS            the same of our own disk: not the GPU worker's doing
+    |  `- SealError              DATA_LOSS            a frame between client and trusted worker was tampered with
     |- UnavailableError          UNAVAILABLE          the peer is gone or draining
     |- DeadlineError             DEADLINE_EXCEEDED    the peer did not answer in time
     `- CheckpointError           FAILED_PRECONDITION  a model folder that cannot be read; local, never sent by a peer
@@ -80,6 +81,15 @@ class ParkedError(VerificationError):
     """Something that was parked on our own disk failed its check. No peer had a part in it; the text is the same."""
 
 
+class SealError(VerificationError):
+    """A frame of the confidential channel does not open in its place. One text for every cause."""
+
+    TEXT: ClassVar[str] = "a sealed frame was changed, repeated, out of order or lost on the way; the session is closed"
+
+    def __init__(self) -> None:
+        CleaveError.__init__(self, self.TEXT)
+
+
 class UnavailableError(CleaveError):
     """The peer is gone, or draining."""
 
@@ -112,7 +122,7 @@ _OF_THE_TRANSPORT = ("failed to connect", "Socket closed", "Connection reset", "
 def from_status(code: grpc.StatusCode, details: str | None) -> CleaveError:
     """The error that a peer's status stands for. Unknown codes become UnavailableError; cancelled calls too."""
     if code is grpc.StatusCode.DATA_LOSS:
-        return VerificationError()
+        return SealError() if details == SealError.TEXT else VerificationError()
     if not details or any(sign in details for sign in _OF_THE_TRANSPORT):
         details = "the peer is gone or cannot be reached"
     return _BY_CODE.get(code, UnavailableError)(details)

@@ -66,7 +66,7 @@ def verify(
     another machine. Nothing may be sent to the peer then.
     """
     if policy.rules is None:
-        return _unattested(target, provider, policy)
+        return _unattested(target, provider, policy, offer)
     if provider == SIMULATED and not is_local(target):
         raise DeniedError(f"{target} offers simulated evidence and is not on this machine; nothing was sent")
     if offer is None:
@@ -77,7 +77,7 @@ def verify(
     return VerifiedPeer(target, provider, provider != SIMULATED, offer.hpke_key, offer.claims, seal=_SEAL)
 
 
-def _unattested(target: str, provider: str, policy: Policy) -> VerifiedPeer:
+def _unattested(target: str, provider: str, policy: Policy, offer: Offer | None) -> VerifiedPeer:
     if provider != UNATTESTED:
         raise UnauthenticatedError(
             f"this client cannot verify evidence of provider {provider[:32]!r} without a policy file; "
@@ -88,7 +88,9 @@ def _unattested(target: str, provider: str, policy: Policy) -> VerifiedPeer:
             f"{target} gives no evidence of what it runs and is not on this machine; nothing was sent: connect to a "
             "loopback address, or pass --insecure-unattested to send your prompts to it in the clear"
         )
-    return VerifiedPeer(target, provider, verified=False, seal=_SEAL)
+    if offer is None or len(offer.hpke_key) != 32:
+        raise UnauthenticatedError(f"{target} offers no key to seal anything for; nothing was sent")
+    return VerifiedPeer(target, provider, False, offer.hpke_key, offer.claims, seal=_SEAL)
 
 
 def _check_offer(provider: str, rules: Rules, offer: Offer, at: datetime) -> None:
