@@ -4,7 +4,8 @@ from typing import Any
 
 from client.answer import Answer
 from client.attestation.policy import UNATTESTED, VerifiedPeer
-from client.session import Counters, Request
+from client.counters import Counters
+from client.session import Request
 from client.terminal import one_line, size
 
 _UNCHECKED = "DIGESTS ARE NOT CHECKED (--insecure-unchecked-tiles)"

@@ -1,8 +1,9 @@
 """A session with the trusted worker: connect, attest, verify, open, decode; in this order and no other.
 
 Only a `TrustedWorker` can open sessions, and it cannot be made without the `VerifiedPeer` that the attestation
-policy hands out: every call is sealed for the key of that peer (wire/sealing.py). After the connection was lost, and
-when the worker has another key than it had, its evidence is asked for and verified again before anything else is sent.
+policy hands out: every call is sealed for the key of that peer (wire/sealing.py). After a call
+was lost, and when the worker has another key than it had, evidence is asked for and verified again before anything else
+is sent. (A connection that gRPC renews meanwhile leads to the same key, or nothing opens.)
 The reply to Open must echo what was asked for, or the session is refused. Every call has a deadline.
 """
 
@@ -10,13 +11,14 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
 
 from client.attestation.policy import Offer, Policy, VerifiedPeer, verify
+from client.counters import Counters
 from client.embedding import EmbeddingTable
 from client.turn import DecodeStream, Pacing, Turn
 from wire.channel import CONNECT_SECONDS, client_options
@@ -79,54 +81,6 @@ class Request:
         )
 
 
-@dataclass(frozen=True)
-class Counters:
-    """What Stats says, but for scheme and precision. Counts are since the start, and of all sessions."""
-
-    exchanges: int
-    wire_bytes_up: int
-    wire_bytes_down: int
-    pads_issued: int
-    pads_reused: int
-    pads_in_stock: int
-    pads_capacity: int
-    products_verified: int
-    products_failed: int
-    products_inside: int
-    pages_sealed: int
-    pages_restored: int
-    permutations_renewed: int
-    memory_budget: int
-    memory_used: int
-    memory_peak: int
-    memory_locked: bool
-    rss: int
-    sessions: int
-    tokens: int
-    step_seconds: float
-    exchange_seconds: float
-    worker_seconds: float
-    tee_profile: str
-    memory_wiped_on_fork: bool
-    memory_not_dumped: bool
-    process_limit: str
-    process_limit_bytes: int
-    switch_us: int
-    embedding: str
-    weights_resident: bool
-    tiles_unchecked: bool
-    tiles_read: int
-    table_scans: int
-    kv_pages_capacity: int
-    kv_pages_used: int
-    spill_bytes: int
-
-    @classmethod
-    def of(cls, message: pb.StatsResponse) -> Self:
-        """The message's fields by their names."""
-        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
-
-
 class Session:
     """One conversation's state on the trusted worker. `context` holds exactly the tokens that it holds."""
 
@@ -174,13 +128,12 @@ class TrustedWorker:
         self._target, self._policy, self._seconds = target, policy, seconds
         self._channel = grpc.insecure_channel(target, options=client_options())
         self._stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(self._channel)
-        self._lost = False  # the connection, since the peer was verified
+        self._lost = False  # a call of the verified peer was cut
         try:
             self.peer = self._verified()
         except BaseException:
             self._channel.close()
             raise
-        self._channel.subscribe(self._watch)
 
     def __enter__(self) -> Self:
         return self
@@ -201,6 +154,9 @@ class TrustedWorker:
         except UnauthenticatedError:  # it has another key than the one that was verified
             self.peer = self._verified()
             return self._open(request)
+        except UnavailableError:
+            self._lost = True
+            raise
 
     def _open(self, request: Request) -> Session:
         peer, call = self.peer, ClientCall(self.peer.hpke_key, "Open")
@@ -213,17 +169,17 @@ class TrustedWorker:
         except BaseException:
             self.forget(*key)
             raise
-        stream = DecodeStream(self._stub.Decode, ClientCall(peer.hpke_key, "Decode", opened.session, call.secret))
+        seal = ClientCall(peer.hpke_key, "Decode", opened.session, call.secret)
+        stream = DecodeStream(self._stub.Decode, seal, self._lose)
         return Session(opened, stream, table, lambda: self.forget(*key))
 
     def _verified(self) -> VerifiedPeer:
         self._lost = False
         return _attest(self._stub, self._target, self._policy, self._seconds)
 
-    def _watch(self, state: grpc.ChannelConnectivity) -> None:
-        """Runs in a thread of gRPC."""
-        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.IDLE):
-            self._lost = True
+    def _lose(self) -> None:
+        """A call was cut: whatever answers next may be another machine."""
+        self._lost = True
 
     def counters(self) -> Counters:
         """The worker's counters now."""

@@ -21,7 +21,14 @@ from typing import Any
 
 import grpc
 
-from wire.errors import CleaveError, DeadlineError, InvalidArgumentError, UnavailableError, from_status
+from wire.errors import (
+    CleaveError,
+    DeadlineError,
+    InvalidArgumentError,
+    UnavailableError,
+    VerificationError,
+    from_status,
+)
 from wire.sealing import ClientCall
 from wire.v1 import trusted_worker_pb2 as pb
 
@@ -51,8 +58,11 @@ class Pacing:
 class DecodeStream:
     """The Decode call of one session, open over several turns. Close it when done, or after any error."""
 
-    def __init__(self, decode: Callable[[Iterator[pb.Sealed]], Any], seal: ClientCall) -> None:
-        self._seal = seal
+    def __init__(
+        self, decode: Callable[[Iterator[pb.Sealed]], Any], seal: ClientCall, lost: Callable[[], None]
+    ) -> None:
+        """`lost` is called, from another thread, when the call ends as if somebody else had the connection."""
+        self._seal, self._lost = seal, lost
         self._requests: SimpleQueue[pb.DecodeRequest | None] = SimpleQueue()  # its put is safe in a signal handler
         self._responses: SimpleQueue[pb.DecodeResponse | CleaveError] = SimpleQueue()
         self._call = decode(self._sealed())
@@ -89,11 +99,16 @@ class DecodeStream:
         try:
             for sealed in self._call:
                 self._responses.put(self._seal.open(sealed, pb.DecodeResponse))
-            self._responses.put(UnavailableError("the conversation was cut before the end of its answer came"))
+            self._fail(UnavailableError("the conversation was cut before the end of its answer came"))
         except CleaveError as error:
-            self._responses.put(error)
+            self._fail(error)
         except grpc.RpcError as error:
-            self._responses.put(from_status(error.code(), error.details()))
+            self._fail(from_status(error.code(), error.details()), ours=error.code() is grpc.StatusCode.CANCELLED)
+
+    def _fail(self, error: CleaveError, ours: bool = False) -> None:
+        if isinstance(error, UnavailableError | VerificationError) and not ours:
+            self._lost()
+        self._responses.put(error)
 
 
 class Turn:

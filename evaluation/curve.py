@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from client.session import Counters
+from client.counters import Counters
 from client.terminal import one_line
 from evaluation.measure import Load, Sample
 from evaluation.rows import spread

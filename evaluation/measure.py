@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from client.attestation.policy import Policy
-from client.session import Counters, Request, Session, connect
+from client.counters import Counters
+from client.session import Request, Session, connect
 from client.turn import Pacing
 from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
 from evaluation.processes import cpu_seconds, resident_bytes

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import MODELS, build, greedy_reference
+from tests.sealed import Opened, RawClient, Stream
 from tests.simulators.proxies import Proxy, Tamper
 from trusted_worker import arithmetic
 from wire.errors import VerificationError
@@ -155,10 +156,6 @@ def workers(folder: Path, sockets: Path, *more: str) -> Iterator[tuple[Proxy, st
         proxy.close()
 
 
-def sealed(message: Any) -> pb.Sealed:
-    return pb.Sealed(body=message.SerializeToString())
-
-
 class Talk:
     """A client of a few lines, to see raw status codes."""
 
@@ -176,25 +173,25 @@ class Talk:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def open(self) -> bytes:
+    def open(self) -> Opened:
         request = pb.OpenRequest(model=self._model, scheme="secure-infer", precision=gpu.PRECISION_INT8)
-        return pb.OpenResponse.FromString(self._stub.Open(sealed(request), timeout=30).body).session
+        return RawClient(self._stub).open(request)
 
-    def decode(self, frames: "queue.SimpleQueue[pb.Sealed | None]") -> Any:
-        return self._stub.Decode(iter(frames.get, None), timeout=60)
+    def decode(self, opened: Opened, ids: list[int], count: int) -> Stream:
+        """A stream that stays open after one frame."""
+        frames: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
+        frames.put(pb.DecodeRequest(token_ids=ids, credit=count))
+        return RawClient(self._stub).stream(opened, iter(frames.get, None))
 
     def say(self, ids: list[int], count: int) -> list[int]:
         """A session of one turn: `count` tokens after `ids`."""
         session = self.open()
-        frame = pb.DecodeRequest(session=session, token_ids=ids, credit=count)
-        frames: queue.SimpleQueue[pb.Sealed | None] = queue.SimpleQueue()
-        frames.put(sealed(frame))
-        responses = self.decode(frames)
+        responses = self.decode(session, ids, count)
         try:
-            tokens = [pb.DecodeResponse.FromString(next(responses).body).token.token_id for _ in range(count)]
+            tokens = [next(responses).token.token_id for _ in range(count)]
         finally:
-            frames.put(None)
-        self._stub.Close(sealed(pb.CloseRequest(session=session)), timeout=30)
+            responses.call.cancel()
+        RawClient(self._stub).close(session)
         return tokens
 
 
@@ -242,11 +239,9 @@ def test_a_client_that_vanishes_frees_its_session(model_folder: Callable[[str], 
         talk = Talk(address, folder.name)
         used = talk.stats().memory_used
         talk.open()
-        frames: queue.SimpleQueue[pb.Sealed | None] = queue.SimpleQueue()
-        frames.put(sealed(pb.DecodeRequest(session=talk.open(), token_ids=PROMPT, credit=200)))
-        responses = talk.decode(frames)
+        responses = talk.decode(talk.open(), PROMPT, 200)
         next(responses)
-        responses.cancel()
+        responses.call.cancel()
         assert len(talk.say(PROMPT, 40)) == 40
         deadline = time.monotonic() + 30
         while talk.stats().sessions:

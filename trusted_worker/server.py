@@ -90,6 +90,23 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         return call.wrap(pb.CloseResponse())
 
     @_mapped
+    async def Upload(self, requests: AsyncIterator[pb.Sealed], context: Context) -> pb.Sealed:
+        """A LoRA adapter, in pieces."""
+        call, piece = self._receiver.accept(await self._next(requests), "Upload", pb.UploadRequest)
+        incoming = await self._compute(partial(self._service.upload, piece.config, piece.weights_size))
+        try:
+            while True:
+                await self._compute(partial(incoming.write, piece.weights))
+                if incoming.complete:
+                    break
+                piece = call.open(await self._next(requests), pb.UploadRequest)
+            adapter = await self._compute(incoming.finish)
+        except BaseException:
+            self._service.engine.submit(incoming.abandon)
+            raise
+        return call.wrap(pb.UploadResponse(adapter=adapter.name, size=adapter.size))
+
+    @_mapped
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
         """Counters; they need no turn of the compute thread."""
         return self._service.stats()
@@ -121,7 +138,7 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            first = await self._first(requests)
+            first = await self._next(requests)
             call, frame = self._receiver.accept(first, "Decode", pb.DecodeRequest, self._secret)
             name, session = first.session, self._service.session(first.session)
             self._keep(name)
@@ -150,13 +167,13 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         while session.backlog > MAX_BACKLOG and not session.dead:  # the client waits: no more frames are read
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _first(self, requests: AsyncIterator[pb.Sealed]) -> pb.Sealed:
-        """The frame that names a session. There is a deadline for it; a stream without frames has none that opens."""
+    async def _next(self, requests: AsyncIterator[pb.Sealed]) -> pb.Sealed:
+        """A frame that is due. There is a deadline for it; after the last one comes an empty one, which never opens."""
         try:
             async with asyncio.timeout(self._settings.request_seconds):
                 return await anext(requests, pb.Sealed())
         except TimeoutError:
-            raise DeadlineError("a stream must begin with a frame") from None
+            raise DeadlineError("a frame is due, and none came") from None
 
     def _secret(self, session: bytes) -> bytes:
         """Of a session. Raises UnauthenticatedError when there is none of that name."""

@@ -18,10 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from wire.channel import server_options
+from wire.errors import CleaveError
+from wire.sealing import Receiver, WorkerCall
 from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
 from wire.v1 import trusted_worker_pb2 as pb
 
 SESSION = b"0123456789abcdef"
+ADAPTER = b"an adapter's name"[:16]
 EOS = 2
 
 
@@ -39,6 +42,7 @@ class Script:
     overspend: bool = False  # one token more than granted
     refuse_open: tuple[grpc.StatusCode, str] | None = None
     fail_after: int | None = None  # tokens until DATA_LOSS
+    cut_after: int | None = None  # tokens until the stream ends as if all were well
     table: npt.NDArray[np.float32] | None = None  # float32[vocabulary, hidden]: the client embeds
     stats: dict[str, Any] = field(default_factory=dict)  # further fields of StatsResponse
 
@@ -54,6 +58,9 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         self.closed = threading.Event()
         self.most_outstanding = 0
         self.tokens = 0
+        self.receiver = Receiver()
+        self.sealed: list[pb.Sealed] = []  # every frame of every client, as it came
+        self._secret = b""
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=server_options())
         trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
@@ -65,12 +72,15 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     def Attest(self, request: pb.AttestRequest, context: grpc.ServicerContext) -> pb.AttestResponse:
         self.nonces.append(request.nonce)
-        return pb.AttestResponse(provider=self.script.provider)
+        return pb.AttestResponse(
+            provider=self.script.provider, nonce=request.nonce, hpke_key=self.receiver.public_key, claims=b"{}"
+        )
 
     def Open(self, request: pb.Sealed, context: grpc.ServicerContext) -> pb.Sealed:
         if self.script.refuse_open:
             context.abort(*self.script.refuse_open)
-        asked = pb.OpenRequest.FromString(request.body)
+        call, asked = self._accept(request, "Open", pb.OpenRequest, context)
+        self._secret = call.secret
         self.opened.append(asked)
         reply = pb.OpenResponse(
             session=SESSION,
@@ -82,12 +92,34 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             max_frame_tokens=self.script.max_frame_tokens,
             client_embeds=self.script.table is not None,
             hidden=0 if self.script.table is None else self.script.table.shape[1],
+            adapter=asked.adapter,
+            perturbation=asked.sampling.perturbation,
         )
-        return pb.Sealed(body=reply.SerializeToString())
+        return call.wrap(reply)
 
     def Close(self, request: pb.Sealed, context: grpc.ServicerContext) -> pb.Sealed:
+        call, _ = self._accept(request, "Close", pb.CloseRequest, context)
         self.closed.set()
-        return pb.Sealed(body=pb.CloseResponse().SerializeToString())
+        return call.wrap(pb.CloseResponse())
+
+    def Upload(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> pb.Sealed:
+        call, piece = self._accept(next(request_iterator), "Upload", pb.UploadRequest, context)
+        self.config, size, self.weights = piece.config, piece.weights_size, piece.weights
+        while len(self.weights) < size:
+            self.weights += call.open(next(request_iterator), pb.UploadRequest).weights
+        return call.wrap(pb.UploadResponse(adapter=ADAPTER, size=size))
+
+    def _accept(
+        self, sealed: pb.Sealed, method: str, kind: Any, context: grpc.ServicerContext
+    ) -> tuple[WorkerCall, Any]:
+        self.sealed.append(sealed)
+        try:
+            return self.receiver.accept(
+                sealed, method, kind, None if method in ("Open", "Upload") else lambda _: self._secret
+            )
+        except CleaveError as error:
+            context.abort(error.code, str(error))
+            raise
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:
         return pb.StatsResponse(
@@ -107,17 +139,26 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     def Decode(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> Iterator[pb.Sealed]:
         frames: Queue[pb.DecodeRequest | None] = Queue()
-        threading.Thread(target=self._receive, args=(request_iterator, frames), daemon=True).start()
+        first = next(request_iterator, None)
+        if first is None:
+            return
+        call, frame = self._accept(first, "Decode", pb.DecodeRequest, context)
+        self.frames.append(frame)
+        frames.put(frame)
+        threading.Thread(target=self._receive, args=(request_iterator, call, frames), daemon=True).start()
         for response in _Decoding(self, frames, context).run():
-            yield pb.Sealed(body=response.SerializeToString())
+            yield call.wrap(response)
 
-    def _receive(self, requests: Iterator[pb.Sealed], frames: "Queue[pb.DecodeRequest | None]") -> None:
+    def _receive(
+        self, requests: Iterator[pb.Sealed], call: WorkerCall, frames: "Queue[pb.DecodeRequest | None]"
+    ) -> None:
         try:
             for sealed in requests:
-                frame = pb.DecodeRequest.FromString(sealed.body)
+                self.sealed.append(sealed)
+                frame = call.open(sealed, pb.DecodeRequest)
                 self.frames.append(frame)
                 frames.put(frame)
-        except grpc.RpcError:
+        except (grpc.RpcError, CleaveError):
             pass
         frames.put(None)
 
@@ -134,6 +175,7 @@ class _Decoding:
         self._credit = 0
         self._context: list[int] = []
         self._embedded = 0  # tokens of the context whose rows are here
+        self._cut = False
 
     def run(self) -> Iterator[pb.DecodeResponse]:
         while (frame := self._frames.get()) is not None:
@@ -143,6 +185,8 @@ class _Decoding:
             if frame.end_turn:
                 yield self._final(pb.FINISH_REASON_ENDED)
             yield from self._spend()
+            if self._cut:
+                return
 
     def _take(self, frame: pb.DecodeRequest) -> None:
         self._context += frame.token_ids
@@ -182,6 +226,9 @@ class _Decoding:
             self._worker.tokens += 1
             if self._worker.tokens == self._script.fail_after:
                 self._grpc.abort(grpc.StatusCode.DATA_LOSS, "whatever the peer says")
+            if self._worker.tokens == self._script.cut_after:
+                self._cut = True
+                return
             top = [pb.Logprob(token_id=token, logprob=-0.5)]
             yield pb.DecodeResponse(token=pb.Token(token_id=token, logprob=-0.5, top=top))
             if token == EOS:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from client.attestation.policy import Policy
 from client.costs import SCHEMES, Case, Cost, cost
-from client.session import Counters, Request, TrustedWorker, connect
+from client.counters import Counters
+from client.session import Request, TrustedWorker, connect
 from client.shapes import SHAPES, shape
 from client.turn import Pacing
 from deploy.local.cluster import Cluster, Settings
@@ -172,7 +173,7 @@ def serve(folder: Path, scheme: str, precision: str, budget: int, context: int, 
         service.engine.loaded.result(timeout=60)
         request = pb.OpenRequest(model=folder.name, scheme=scheme, max_context=context)
         request.precision = service.stats().precision
-        service.engine.submit(lambda: service.open(request)).result(timeout=60)
+        service.engine.submit(lambda: service.open(request, b"")).result(timeout=60)
         return service.stats()
     finally:
         service.engine.stop()

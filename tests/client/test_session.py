@@ -5,7 +5,8 @@ import grpc
 import pytest
 
 from client.attestation.policy import Policy
-from client.session import Counters, Request, TrustedWorker, connect
+from client.counters import Counters
+from client.session import Request, connect
 from client.turn import Pacing, Turn
 from tests.client.fake_worker import EOS, FakeWorker, Script
 from wire.errors import (
@@ -20,6 +21,7 @@ from wire.errors import (
     UnavailableError,
     VerificationError,
 )
+from wire.sealing import SIZES, Receiver
 from wire.v1 import trusted_worker_pb2 as pb
 
 Serve = Callable[[Script], FakeWorker]
@@ -194,6 +196,59 @@ def test_impossible_prompts_are_refused_here(serve: Serve, prompt: list[int]) ->
     assert not worker.frames
 
 
-def test_sending_needs_a_verified_peer() -> None:
-    with pytest.raises(TypeError):
-        TrustedWorker(grpc.insecure_channel("127.0.0.1:1"))  # type: ignore[call-arg]
+def test_a_worker_with_another_key_is_verified_again(serve: Serve) -> None:
+    worker = serve(Script(answers=[[5, EOS], [6, EOS]]))
+    with connect(worker.target, Policy()) as trusted:
+        trusted.open(REQUEST).close()
+        first, worker.receiver = trusted.peer.hpke_key, Receiver()
+        session = trusted.open(REQUEST)
+        assert [token.token_id for token in session.turn([7], Pacing())] == [5, EOS]
+        assert trusted.peer.hpke_key == worker.receiver.public_key != first
+        assert len(worker.nonces) == 2
+        session.close()
+
+
+def test_a_worker_that_became_another_one_receives_nothing(serve: Serve) -> None:
+    worker = serve(Script(answers=[[5, EOS]]))
+    with connect(worker.target, Policy()) as trusted:
+        trusted.open(REQUEST).close()
+        before = len(worker.opened)
+        worker.receiver, worker.script.provider = Receiver(), "sev-snp"
+        with pytest.raises(UnauthenticatedError, match="policy file"):
+            trusted.open(REQUEST)
+        with pytest.raises(UnauthenticatedError, match="policy file"):
+            trusted.open(REQUEST)
+    assert (len(worker.opened), worker.frames) == (before, [])
+
+
+def test_after_a_cut_call_the_worker_is_verified_again(serve: Serve) -> None:
+    worker = serve(Script(answers=[[5] * 9, [6, EOS]], cut_after=3))
+    with connect(worker.target, Policy()) as trusted:
+        session = trusted.open(REQUEST)
+        with pytest.raises(UnavailableError, match="cut"):
+            list(session.turn([7], Pacing()))
+        session.close()
+        assert len(worker.nonces) == 1
+        session = trusted.open(REQUEST)
+        assert len(worker.nonces) == 2
+        session.close()
+        trusted.open(REQUEST).close()  # sessions that this client closed were not cut
+        assert len(worker.nonces) == 2
+
+
+def test_a_key_that_is_none_is_refused(serve: Serve) -> None:
+    worker = serve(Script())
+    worker.receiver.public_key = b"short"
+    with pytest.raises(UnauthenticatedError, match="key"):
+        connect(worker.target, Policy())
+    assert not worker.sealed
+
+
+def test_frames_of_a_session_have_one_size_and_show_nothing(serve: Serve) -> None:
+    worker = serve(Script(answers=[[5] * 60]))
+    prompt = list(range(200, 290))
+    run(worker, prompt, Pacing())
+    sizes = {len(frame.SerializeToString()) for frame in worker.sealed}
+    assert sizes == {SIZES[0]}
+    plain = pb.DecodeRequest(token_ids=prompt).SerializeToString()
+    assert all(plain[8:16] not in frame.body for frame in worker.sealed)

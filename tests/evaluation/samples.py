@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from client.session import Counters
+from client.counters import Counters
 from evaluation.measure import Sample
 from wire.v1 import trusted_worker_pb2 as pb
 

@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from tests.faults.cells import SHORT
-from tests.faults.fleet import CLIENT_SECONDS, CONTEXT, Fleet
+from tests.faults.fleet import CONTEXT, Fleet
+from tests.sealed import Opened, RawClient, Stream
 from trusted_worker.engine import MAX_SESSIONS
 from wire import channel
 from wire.v1 import trusted_worker_pb2 as pb
@@ -22,11 +23,6 @@ HALF = b"\0\1\0\1\4\0\0\0\1" + b"x" * 9  # a frame of 256 bytes, and its first n
 LOCAL = [*channel.client_options(), ("grpc.use_local_subchannel_pool", 1)]
 
 
-def sealed(message: Any) -> pb.Sealed:
-    """In the envelope."""
-    return pb.Sealed(body=message.SerializeToString())
-
-
 class Stranger:
     """Raw calls."""
 
@@ -35,18 +31,18 @@ class Stranger:
         self._channel = grpc.insecure_channel(fleet.socket, options=LOCAL)
         self.stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(self._channel)
 
-    def open(self, context: int = CONTEXT) -> bytes:
-        """A session's name. Raises grpc.RpcError."""
+    def open(self, context: int = CONTEXT) -> Opened:
+        """A session. Raises grpc.RpcError."""
         request = self._fleet.request.message()
         request.max_context = context
-        return pb.OpenResponse.FromString(self.stub.Open(sealed(request), timeout=CLIENT_SECONDS).body).session
+        return RawClient(self.stub).open(request)
 
-    def decode(self, *frames: pb.DecodeRequest) -> Any:
+    def decode(self, opened: Opened, *frames: pb.DecodeRequest) -> Stream:
         """A stream that stays open after these."""
-        requests: SimpleQueue[pb.Sealed | None] = SimpleQueue()
+        requests: SimpleQueue[pb.DecodeRequest | None] = SimpleQueue()
         for frame in frames:
-            requests.put(sealed(frame))
-        return self.stub.Decode(iter(requests.get, None))
+            requests.put(frame)
+        return RawClient(self.stub).stream(opened, iter(requests.get, None))
 
     def vanish(self) -> None:
         """Without a word."""
@@ -79,13 +75,13 @@ def _raw(fleet: Fleet, count: int, words: bytes) -> Iterator[None]:
 def _silent_streams(fleet: Fleet) -> Iterator[None]:
     """They are told to begin, within --request-seconds."""
     with stranger(fleet) as one:
-        streams = [one.decode() for _ in range(100)]
+        streams = [one.stub.Decode(iter(SimpleQueue[pb.Sealed]().get, None)) for _ in range(100)]
         yield
         for stream in streams:
             with pytest.raises(grpc.RpcError) as caught:
                 next(stream)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert caught.value.details() == "a stream must begin with a frame"
+            assert caught.value.details() == "a frame is due, and none came"
 
 
 @contextmanager
@@ -109,18 +105,18 @@ def _many_opens(fleet: Fleet) -> Iterator[None]:
 def _tiny_frames(fleet: Fleet) -> Iterator[None]:
     """One stream, frames without end."""
     with stranger(fleet) as one:
-        frame, enough = sealed(pb.DecodeRequest(session=one.open(), credit=1)), threading.Event()
+        enough = threading.Event()
 
-        def frames() -> Iterator[pb.Sealed]:
+        def frames() -> Iterator[pb.DecodeRequest]:
             while not enough.is_set():
-                yield frame
+                yield pb.DecodeRequest(credit=1)
 
-        stream = one.stub.Decode(frames())
+        stream = RawClient(one.stub).stream(one.open(), frames())
         try:
             yield
         finally:
             enough.set()
-            stream.cancel()
+            stream.call.cancel()
 
 
 @contextmanager
@@ -128,7 +124,7 @@ def _credit_and_gone(fleet: Fleet) -> Iterator[None]:
     """Twelve that ask for much and leave."""
     strangers = [Stranger(fleet) for _ in range(12)]
     for one in strangers:
-        next(one.decode(pb.DecodeRequest(session=one.open(), token_ids=SHORT, credit=CONTEXT)))
+        next(one.decode(one.open(), pb.DecodeRequest(token_ids=SHORT, credit=CONTEXT)))
     for one in strangers:
         one.vanish()
     yield

@@ -7,8 +7,10 @@ import pytest
 
 from tests.faults.cells import SHORT
 from tests.faults.fleet import DEADLINES, TRUSTED, Fleet, Footprint, until
-from tests.faults.strangers import sealed, stranger
+from tests.faults.strangers import stranger
+from tests.sealed import RawClient
 from trusted_worker.serving import MAX_CALLS
+from wire.sealing import ClientCall
 from wire.v1 import trusted_worker_pb2 as pb
 
 
@@ -18,7 +20,8 @@ def test_a_client_that_leaves_within_open_leaves_no_session(shielded: Fleet) -> 
     shielded.ask(SHORT, 1)  # the link carries
     shielded.back.hold()
     with stranger(shielded) as one:
-        opening = one.stub.Open.future(sealed(shielded.request.message()))
+        sealed = ClientCall(RawClient(one.stub).key, "Open").wrap(shielded.request.message())
+        opening = one.stub.Open.future(sealed)
         until(lambda: shielded.back.held)
         files = Footprint.of(shielded.pid(TRUSTED)).files
         opening.cancel()
@@ -34,7 +37,7 @@ def test_one_session_does_not_hold_all_calls(shielded: Fleet) -> None:
     """More streams than there may be calls, all for one session: the others must still get in."""
     with stranger(shielded) as one:
         session = one.open()
-        streams = [one.decode(pb.DecodeRequest(session=session)) for _ in range(MAX_CALLS + 10)]
+        streams = [one.decode(session, pb.DecodeRequest()).call for _ in range(MAX_CALLS + 10)]
         with ThreadPoolExecutor(1) as pool:
             pool.submit(lambda: until(lambda: any(not stream.is_active() for stream in streams), 10)).result()
         assert len(shielded.ask(SHORT, 4)) == 4

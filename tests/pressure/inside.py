@@ -52,7 +52,7 @@ class Inside:
 
     def open(self) -> "Client":
         """A session and its client. Raises CleaveError."""
-        return Client(self, self.do(lambda: self.service.open(self.request)).session)
+        return Client(self, self.do(lambda: self.service.open(self.request, b"")).session)
 
     def say(self, ids: list[int], count: int) -> list[int]:
         """A fresh session's answer. Raises CleaveError."""

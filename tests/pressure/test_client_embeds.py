@@ -5,19 +5,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import grpc
 import numpy as np
-import pytest
 
 from client.embedding import EmbeddingTable
 from tests.faults.fleet import DEMO
-from tests.faults.puppet import PATIENCE
-from tests.faults.strangers import sealed
 from tests.pressure.budgets import flags_for
 from tests.pressure.conftest import Answer
-from tests.pressure.processes import Trusted, trusted_worker
+from tests.pressure.processes import trusted_worker
+from tests.sealed import Opened, RawClient, status
 from trusted_worker.server import MAX_BACKLOG
 from trusted_worker.session import EMBEDDING_LIMIT
 from wire.v1 import trusted_worker_pb2 as pb
@@ -59,32 +56,16 @@ HOSTILE = {
 }
 
 
-def open_session(trusted: Trusted) -> bytes:
-    answer = trusted.stub.Open(sealed(trusted.request.message()), timeout=PATIENCE)
-    return pb.OpenResponse.FromString(answer.body).session
-
-
-def close_session(trusted: Trusted, session: bytes) -> None:
-    trusted.stub.Close(sealed(pb.CloseRequest(session=session)), timeout=PATIENCE)
-
-
-def status(trusted: Trusted, frame: pb.DecodeRequest) -> Any:
-    """What a stream of one frame ends with."""
-    with pytest.raises(grpc.RpcError) as caught:
-        list(trusted.stub.Decode(iter([sealed(frame)]), timeout=PATIENCE))
-    return caught.value
-
-
-def say(trusted: Trusted, session: bytes, count: int) -> list[int]:
+def say(raw: RawClient, session: Opened, count: int) -> list[int]:
     """An honest turn of a session in raw frames: FEW, and a row for each token that comes."""
-    frames: SimpleQueue[pb.Sealed | None] = SimpleQueue()
-    frames.put(sealed(pb.DecodeRequest(session=session, token_ids=FEW, credit=count, embeddings=rows_of(FEW))))
+    frames: SimpleQueue[pb.DecodeRequest | None] = SimpleQueue()
+    frames.put(pb.DecodeRequest(token_ids=FEW, credit=count, embeddings=rows_of(FEW)))
     said: list[int] = []
-    for response in trusted.stub.Decode(iter(frames.get, None), timeout=PATIENCE):
-        said.append(pb.DecodeResponse.FromString(response.body).token.token_id)
+    for response in raw.stream(session, iter(frames.get, None)):
+        said.append(response.token.token_id)
         if len(said) == count:
             break
-        frames.put(sealed(pb.DecodeRequest(session=session, embeddings=rows_of(said[-1:]))))
+        frames.put(pb.DecodeRequest(embeddings=rows_of(said[-1:])))
     frames.put(None)
     return said
 
@@ -95,14 +76,15 @@ def test_hostile_rows_are_refused_and_the_session_lives(tmp_path: Path, gpu: str
         before = trusted.stats()
         assert before.embedding == "client"
         assert trusted.say(PROMPT, COUNT) == answer(PROMPT, COUNT)
-        session = open_session(trusted)
+        raw = RawClient(trusted.stub)
+        session = raw.open(trusted.request.message())
         for name, make in HOSTILE.items():
             ids, rows = make()
-            error = status(trusted, pb.DecodeRequest(session=session, token_ids=ids, credit=1, embeddings=rows))
+            error = status(raw.stream(session, [pb.DecodeRequest(token_ids=ids, credit=1, embeddings=rows)]))
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
             assert "embed" in error.details(), name
-        assert say(trusted, session, COUNT) == answer(FEW, COUNT)
-        close_session(trusted, session)
+        assert say(raw, session, COUNT) == answer(FEW, COUNT)
+        raw.close(session)
         assert trusted.serving()
         trusted.settled(before)
         assert not trusted.stats().table_scans
@@ -110,11 +92,12 @@ def test_hostile_rows_are_refused_and_the_session_lives(tmp_path: Path, gpu: str
 
 def test_rows_for_a_worker_that_embeds_itself_are_refused(tmp_path: Path, answer: Answer) -> None:
     with trusted_worker(tmp_path, "tee-only", *flags_for(DEMO, "tee-only", "int8", 2)) as trusted:
-        before, session = trusted.stats(), open_session(trusted)
+        before, raw = trusted.stats(), RawClient(trusted.stub)
+        session = raw.open(trusted.request.message())
         for ids, rows in ((FEW, rows_of(FEW)), ([], rows_of(FEW)), (FEW, b"x")):
-            frame = pb.DecodeRequest(session=session, token_ids=ids, credit=1, embeddings=rows)
-            assert status(trusted, frame).code() is grpc.StatusCode.INVALID_ARGUMENT
-        close_session(trusted, session)
+            frame = pb.DecodeRequest(token_ids=ids, credit=1, embeddings=rows)
+            assert status(raw.stream(session, [frame])).code() is grpc.StatusCode.INVALID_ARGUMENT
+        raw.close(session)
         assert trusted.say(FEW, COUNT) == answer(FEW, COUNT, "int8")
         trusted.settled(before)
 
@@ -124,21 +107,22 @@ def test_a_flood_of_rows_waits_outside(tmp_path: Path, long: Path) -> None:
     flags = flags_for(long, "tee-only", "int8", 2, "client")
     with trusted_worker(tmp_path, "tee-only", *flags, model=long) as trusted:
         expected, before = trusted.say(FEW, COUNT), trusted.stats()
-        session, sent, enough = open_session(trusted), [0], threading.Event()
+        raw, sent, enough = RawClient(trusted.stub), [0], threading.Event()
+        session = raw.open(trusted.request.message())
 
-        def frames() -> Iterator[pb.Sealed]:
+        def frames() -> Iterator[pb.DecodeRequest]:
             some = rows_of([7] * 64)
             while sent[0] < FLOOD and not enough.is_set():
                 sent[0] += len(some)
-                yield sealed(pb.DecodeRequest(session=session, token_ids=[7] * 64, embeddings=some))
+                yield pb.DecodeRequest(token_ids=[7] * 64, embeddings=some)
 
-        stream = trusted.stub.Decode(frames())
+        stream = raw.stream(session, frames())
         time.sleep(1)
         assert trusted.say(FEW, COUNT) == expected
         after = trusted.stats()
         assert sent[0] <= WIDTH * (after.tokens - before.tokens) + MAX_BACKLOG + TRANSPORT
         assert after.rss <= before.rss + after.memory_budget + MAX_BACKLOG + TRANSPORT + ROOM
         enough.set()
-        stream.cancel()
-        close_session(trusted, session)
+        stream.call.cancel()
+        raw.close(session)
         trusted.settled(before)
