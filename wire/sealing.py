@@ -164,8 +164,7 @@ def _reply_key(context: Any, nonce: bytes) -> bytes:
     if len(nonce) != NONCE_BYTES:
         raise SealError
     exported = context.export(b"cleave reply", KEY_BYTES)
-    key: bytes = HKDF(exported + nonce, KEY_BYTES, b"", SHA256, context=b"cleave reply v1")  # type: ignore[assignment]
-    return key
+    return HKDF(exported + nonce, KEY_BYTES, b"", SHA256, context=b"cleave reply v1")
 
 
 def _secret(context: Any) -> bytes:

@@ -247,7 +247,7 @@ def test_a_key_that_is_none_is_refused(serve: Serve) -> None:
 def test_frames_of_a_session_have_one_size_and_show_nothing(serve: Serve) -> None:
     worker = serve(Script(answers=[[5] * 60]))
     prompt = list(range(200, 290))
-    run(worker, prompt, Pacing())
+    run(worker, prompt, Pacing(8, 40))
     sizes = {len(frame.SerializeToString()) for frame in worker.sealed}
     assert sizes == {SIZES[0]}
     plain = pb.DecodeRequest(token_ids=prompt).SerializeToString()
