@@ -19,9 +19,9 @@ from pathlib import Path
 
 from wire.errors import PreconditionError, UnavailableError
 
-MAX_CERTIFICATE_BYTES = 64 << 10  # of a file, which may hold several
-MAX_COLLATERAL_BYTES = 256 << 10
-MAX_BYTES = 768 << 10  # of all files: what is left of a message is the host's table, evidence and claims
+MAX_CERTIFICATE_BYTES = 64 << 10  # of a file, which may hold several, and of all of them
+MAX_COLLATERAL_BYTES = 256 << 10  # of a file
+MAX_COLLATERAL = 3  # files; with evidence, the host's table and claims they fit into one message
 _ENTRY = struct.Struct("<16sII")
 _GUIDS = {
     uuid.UUID(text).bytes
@@ -40,25 +40,25 @@ log = logging.getLogger(__name__)
 
 def in_table(table: bytes) -> list[bytes]:
     """The certificates of a host's table, DER; those of kinds that we do not know are left out. Raises ValueError."""
-    entries = []
-    for at in range(0, len(table), _ENTRY.size):
-        if len(table) - at < _ENTRY.size:
-            raise ValueError("the table has no end")
-        guid, offset, length = _ENTRY.unpack_from(table, at)
-        if not any((*guid, offset, length)):
-            break
-        entries.append((guid, offset, length))
-    else:
-        if table:
-            raise ValueError("the table has no end")
-    header = (len(entries) + 1) * _ENTRY.size
-    found = []
+    if not table:
+        return []
+    entries = _entries(table)
+    header, found = (len(entries) + 1) * _ENTRY.size, list[bytes]()
     for guid, offset, length in entries:
         if offset < header or offset + length > len(table):
             raise ValueError("an entry points outside the table")
         if guid in _GUIDS:
             found += in_file(table[offset : offset + length])
     return found
+
+
+def _entries(table: bytes) -> list[tuple[bytes, int, int]]:
+    found = list[tuple[bytes, int, int]]()
+    for at in range(0, len(table) - _ENTRY.size + 1, _ENTRY.size):
+        if not any(table[at : at + _ENTRY.size]):
+            return found
+        found.append(_ENTRY.unpack_from(table, at))
+    raise ValueError("the table has no end")
 
 
 def in_file(data: bytes) -> list[bytes]:
@@ -78,15 +78,12 @@ class Endorsements:
     """The operator's files. Raises PreconditionError for what cannot be read or sent."""
 
     def __init__(self, certificates: list[Path], collateral: list[Path]) -> None:
-        self._certificates: list[bytes] = []
-        for path in certificates:
-            try:
-                self._certificates += in_file(_read(path, MAX_CERTIFICATE_BYTES))
-            except ValueError as error:
-                raise PreconditionError(f"{path} holds no certificates in PEM or DER") from error
-        self._collateral = {path: (_changed(path), _read(path, MAX_COLLATERAL_BYTES)) for path in collateral}
-        if self._size > MAX_BYTES:
-            raise PreconditionError(f"certificates and collateral have more than {MAX_BYTES} bytes: leave some out")
+        if len(collateral) > MAX_COLLATERAL:
+            raise PreconditionError(f"more than {MAX_COLLATERAL} files of collateral cannot travel with evidence")
+        self._certificates = [one for path in certificates for one in _certificates(path)]
+        if sum(map(len, self._certificates)) > MAX_CERTIFICATE_BYTES:
+            raise PreconditionError(f"the certificates have more than {MAX_CERTIFICATE_BYTES} bytes: leave some out")
+        self._collateral = {path: (_stamp(path), _read(path, MAX_COLLATERAL_BYTES)) for path in collateral}
 
     def certificates(self, table: bytes) -> list[bytes]:
         """The host's, then the operator's, DER. Raises UnavailableError when the host's table is malformed."""
@@ -97,23 +94,23 @@ class Endorsements:
 
     def collateral(self) -> list[bytes]:
         """What the files hold now; of one that cannot be read or is too large, what it held before."""
-        for path, (stamp, held) in self._collateral.items():
+        for path, (stamp, _) in self._collateral.items():
             try:
-                if (now := _changed(path)) != stamp:
+                if (now := _stamp(path)) != stamp:
                     self._collateral[path] = now, _read(path, MAX_COLLATERAL_BYTES)
-                    if self._size > MAX_BYTES:
-                        self._collateral[path] = now, held
-                        raise PreconditionError("too much")
-            except PreconditionError as error:
-                log.warning("collateral could not be renewed: %s", type(error).__name__)
+            except PreconditionError:
+                log.warning("collateral could not be renewed: %s", path.name)
         return [held for _, held in self._collateral.values()]
 
-    @property
-    def _size(self) -> int:
-        return sum(map(len, self._certificates)) + sum(len(held) for _, held in self._collateral.values())
+
+def _certificates(path: Path) -> list[bytes]:
+    try:
+        return in_file(_read(path, MAX_CERTIFICATE_BYTES))
+    except ValueError as error:
+        raise PreconditionError(f"{path} holds no certificates in PEM or DER") from error
 
 
-def _changed(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> tuple[int, int, int]:
     """What differs when a file was replaced or written."""
     try:
         found = os.stat(path)

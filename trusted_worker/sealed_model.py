@@ -130,7 +130,7 @@ def is_sealed(folder: Path) -> bool:
 def open_sealed(folder: Path, key: bytes, config: ModelConfig) -> MeasuredCheckpoint:
     """A sealed model, bound to the configuration that is in use: `config` as it was read from the folder.
 
-    Raises CheckpointError for another key or changed files: all of it is opened once. Its reads raise VerificationError.
+    All of it is opened once. Raises CheckpointError for another key or changed files; its reads VerificationError.
     """
     salts = set[bytes]()
     try:

@@ -1,4 +1,4 @@
-"""Opens sessions on the scheme that the settings name, and counts. Compute thread only, but for `stats` and `claims`."""
+"""Opens sessions on the scheme that the settings name, and counts. Compute thread only, but for `stats`, `claims`."""
 
 import logging
 import secrets

@@ -34,7 +34,7 @@ MAX_AUX_BYTES = 64 << 10
 MAX_QUOTE_BYTES = 8 << 10  # a larger TDX quote is not of the ECDSA layout
 ATTEMPTS = 3
 POLL_SECONDS = 0.005
-TPM = Path("/dev/tpmrm0")
+CONFIGFS, TPM = Path("/sys/kernel/config"), Path("/dev/tpmrm0")
 
 T = TypeVar("T")
 
@@ -140,7 +140,6 @@ _ADVICE: dict[int, tuple[type[CleaveError], str]] = {
     errno.ENOTTY: (PreconditionError, _DRIVER),
     errno.EFBIG: (PreconditionError, "the evidence is larger than this kernel lets through: use a newer kernel"),
     errno.EBUSY: (UnavailableError, "the kernel is busy with other evidence; try again"),
-    errno.EAGAIN: (UnavailableError, "the kernel is busy with other evidence; try again"),
     errno.ETIMEDOUT: (
         DeadlineError,
         "the host did not answer a request for evidence; try again. A SEV-SNP guest may have to be started again",
@@ -149,8 +148,8 @@ _ADVICE: dict[int, tuple[type[CleaveError], str]] = {
 
 
 def _missing(folder: Path) -> str:
-    if TPM.exists() and not (folder.is_relative_to("/sys/kernel/config") and folder.parent.exists()):
-        return f"{folder} is missing, and there is a TPM: evidence from Azure's vTPM is not supported"
+    if folder.is_relative_to(CONFIGFS) and not folder.parent.exists() and TPM.exists():
+        return f"{folder} is missing, and there is a TPM: if this is Azure, evidence from its vTPM is not supported"
     return (
         f"{folder} is missing: evidence needs a SEV-SNP or TDX guest with Linux 6.7 or later, its driver (sev-guest, "
         "tdx_guest), and configfs (mount -t configfs none /sys/kernel/config)"

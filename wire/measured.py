@@ -45,7 +45,7 @@ class MeasuredSource:
         """Reads everything. Raises what `inner` raises."""
         self._inner, self._window, self.size = inner, window, inner.size
         chunks = (self._copy(number) for number in range(-(-self.size // CHUNK)))
-        self.digests = b"".join(hashlib.sha256(piece).digest() for piece in chunks)  # step 1
+        self.digests = b"".join(hashlib.sha256(piece.data).digest() for piece in chunks)  # step 1
 
     def read(self, offset: int, into: U8) -> None:
         """See Source. Raises CheckpointError when the file is not what was measured."""
@@ -70,7 +70,7 @@ class MeasuredSource:
             return self._window.buffer[: self.size - number * CHUNK]
         piece = self._copy(number)
         at = number * _DIGEST_BYTES
-        if hashlib.sha256(piece).digest() != self.digests[at : at + _DIGEST_BYTES]:
+        if hashlib.sha256(piece.data).digest() != self.digests[at : at + _DIGEST_BYTES]:
             raise CheckpointError(
                 "the checkpoint changed on disk after it was measured: start again with what is meant"
             )
