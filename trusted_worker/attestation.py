@@ -16,6 +16,7 @@ An ordinary process has no evidence, and says so: provider "none", nothing to ve
 import asyncio
 import hashlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -137,7 +138,7 @@ class _Limit:
         self._left = min(self._most, self._left + (now - self._since) * rate)
         self._since = now
         if self._left < 1:
-            wait = int((1 - self._left) / rate) + 1
+            wait = math.ceil((1 - self._left) / rate)
             raise ExhaustedError(f"evidence was asked for too often; try again in {wait} s")
         self._left -= 1
 

@@ -32,7 +32,7 @@ PROVIDERS = {"sev_guest": "sev-snp", "tdx_guest": "tdx", "simulated": "simulated
 MAX_EVIDENCE_BYTES = 32 << 10
 MAX_AUX_BYTES = 64 << 10
 MAX_QUOTE_BYTES = 8 << 10  # a larger TDX quote is not of the ECDSA layout
-ATTEMPTS = 3
+ATTEMPTS, REMOVALS = 3, 20
 POLL_SECONDS = 0.005
 CONFIGFS, TPM = Path("/sys/kernel/config"), Path("/dev/tpmrm0")
 
@@ -183,9 +183,10 @@ def _check(blob: bytes, most: int, name: str) -> None:
 
 def _remove(made: Path) -> None:
     """In configfs one call takes the files along; elsewhere they go first, those that appear meanwhile too."""
-    for _ in range(ATTEMPTS):
+    for _ in range(REMOVALS):
         with suppress(OSError):
             made.rmdir()
+        if not made.exists():
             return
         with suppress(OSError):
             for path in made.iterdir():
