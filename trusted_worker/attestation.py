@@ -62,7 +62,7 @@ class Attestor:
         self._provider = self._tsm.provider() if self._tsm else "none"
         self._endorsements = Endorsements(settings.certificates, settings.collateral)
         self._limit = _Limit(settings.evidence_per_minute, clock)
-        self._thread = ThreadPoolExecutor(1, "evidence")
+        self._one, self._thread = asyncio.Lock(), ThreadPoolExecutor(1, "evidence")
         self._made: dict[bytes, _Made] = {}
         if self._provider == "simulated":
             log.warning("evidence is simulated: it proves nothing, and whoever runs this machine reads prompts")
@@ -75,9 +75,7 @@ class Attestor:
         if self._tsm is None:
             nonce = request.nonce or secrets.token_bytes(NONCE_BYTES)
             return pb.AttestResponse(provider="none", nonce=nonce, hpke_key=key, claims=claims)
-        made = self._made.get(request.nonce)
-        if made is None or made.until <= self._clock() or (made.key, made.claims) != (key, claims):  # 2
-            made = await self._make(self._tsm, request.nonce, key, claims)
+        made = self._kept(request.nonce, key, claims) or await self._fresh(self._tsm, request.nonce, key, claims)
         return pb.AttestResponse(
             provider=self._provider,
             evidence=made.report.evidence,
@@ -88,16 +86,26 @@ class Attestor:
             collateral=self._endorsements.collateral(),
         )
 
-    async def _make(self, tsm: Tsm, asked: bytes, key: bytes, claims: bytes) -> "_Made":
-        """Fresh evidence (3). The thread has one request at a time; one that waits too long for it is not begun."""
+    def _kept(self, asked: bytes, key: bytes, claims: bytes) -> "_Made | None":
+        """(2)"""
+        made = self._made.get(asked)
+        good = made is not None and made.until > self._clock() and (made.key, made.claims) == (key, claims)
+        return made if good else None
+
+    async def _fresh(self, tsm: Tsm, asked: bytes, key: bytes, claims: bytes) -> "_Made":
+        """(3) Equal requests that wait for each other get the same."""
         self._limit.take()
-        nonce = asked or secrets.token_bytes(NONCE_BYTES)
-        data = report_data(self._provider, nonce, key, claims)  # 4
-        making = asyncio.get_running_loop().run_in_executor(self._thread, tsm.report, data)
         try:
-            report = await asyncio.wait_for(making, DEADLINE_SECONDS)
+            async with asyncio.timeout(DEADLINE_SECONDS), self._one:
+                return self._kept(asked, key, claims) or await self._make(tsm, asked, key, claims)
         except TimeoutError:
             raise DeadlineError("evidence was not made in time; try again") from None
+
+    async def _make(self, tsm: Tsm, asked: bytes, key: bytes, claims: bytes) -> "_Made":
+        """While the thread is stuck in a request that nobody waits for any more, no other is begun."""
+        nonce = asked or secrets.token_bytes(NONCE_BYTES)
+        data = report_data(self._provider, nonce, key, claims)  # 4
+        report = await asyncio.get_running_loop().run_in_executor(self._thread, tsm.report, data)
         if report.provider != self._provider:
             raise UnavailableError("the provider of evidence changed; start the trusted worker again")
         made = _Made(self._clock() + (AGAIN_SECONDS if asked else OWN_SECONDS), nonce, key, claims, report)

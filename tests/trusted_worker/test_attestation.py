@@ -245,6 +245,18 @@ def test_one_request_at_a_time_reaches_the_kernel(served: FakeTsm) -> None:
     assert served.left == []
 
 
+@pytest.mark.parametrize("asked", [b"", bytes(NONCE_BYTES)])
+def test_equal_requests_at_once_get_the_same(served: FakeTsm, asked: bytes) -> None:
+    rig = Rig(served)
+
+    async def work() -> None:
+        answers = await asyncio.gather(*(rig.ask(asked) for _ in range(8)))
+        assert answers == [answers[0]] * 8
+
+    run(work)
+    assert len(served.requests) == 1
+
+
 class Stuck:
     """In the place of Tsm: the first report takes until it is let go."""
 
