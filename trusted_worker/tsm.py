@@ -51,7 +51,10 @@ class Tsm:
     """The folder, /sys/kernel/config/tsm/report or what stands in for it. Blocks: not for the threads that serve."""
 
     def __init__(self, folder: Path, seconds: float = 5.0) -> None:
-        """`seconds` for each file that is waited for; the kernel has its own deadline for what it serves."""
+        """`seconds` for each file that is waited for, four times that for evidence: a simulator may be making its keys.
+
+        The kernel has its own deadline for what it serves.
+        """
         self._folder, self._seconds = folder, seconds
 
     def provider(self) -> str:
@@ -75,7 +78,7 @@ class Tsm:
         provider, before = self._provider(made), self._generation(made)  # 2
         self._await(made / "inblob", partial(_write, data=data))
         most = MAX_EVIDENCE_BYTES
-        evidence = self._await(made / "outblob", partial(_read, most=most))  # 3
+        evidence = self._await(made / "outblob", partial(_read, most=most), 4 * self._seconds)  # 3
         aux = b""
         with suppress(FileNotFoundError):
             aux = _read(made / "auxblob", MAX_AUX_BYTES)
@@ -99,9 +102,9 @@ class Tsm:
             raise UnavailableError("generation is not a number: is this folder configfs-tsm?")
         return int(text)
 
-    def _await(self, path: Path, attempt: Callable[[Path], T]) -> T:
+    def _await(self, path: Path, attempt: Callable[[Path], T], seconds: float = 0.0) -> T:
         """What `attempt` finds once the file is there and it finds something. Raises DeadlineError."""
-        end = time.monotonic() + self._seconds
+        end = time.monotonic() + (seconds or self._seconds)
         while True:
             with suppress(FileNotFoundError):
                 if found := attempt(path):
