@@ -12,6 +12,7 @@ from tests.conftest import build
 from tests.simulators.in_process import InProcessWorker
 from trusted_worker import assembly
 from trusted_worker.config import SCHEMES, parse
+from trusted_worker.pads import PadSource
 from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.sealed_model import seal, write_key
 from trusted_worker.service import Service
@@ -94,7 +95,12 @@ def test_a_checkpoint_swapped_after_it_was_measured_is_not_loaded(
 
 def test_pads_are_bound_to_the_digest(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[bytes]()
-    source = assembly.PadSource
-    monkeypatch.setattr(assembly, "PadSource", lambda key, model: seen.append(model) or source(key, model))
+
+    class Noted(PadSource):
+        def __init__(self, key: bytes, model: bytes) -> None:
+            seen.append(model)
+            super().__init__(key, model)
+
+    monkeypatch.setattr(assembly, "PadSource", Noted)
     build(model_folder("llama"), "secure-infer", bank_rows=1)
     assert [one.hex() for one in seen] == [digest(model_folder("llama"))]
