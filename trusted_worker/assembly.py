@@ -3,6 +3,7 @@
 import logging
 import secrets
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,11 +25,11 @@ from trusted_worker.sealed_pages import PageStore
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.verification import Verifier
 from trusted_worker.weights import Weights
-from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError, PreconditionError
 from wire.kv_pages import KvType
 from wire.layout import Demand
 from wire.linears import all_specs, lookup_spec
+from wire.measured import MeasuredCheckpoint
 from wire.model_config import ModelConfig
 from wire.plan import MAX_ROWS, Plan, plan
 from wire.scratch import sampling_bytes
@@ -43,6 +44,7 @@ class Assembled:
     scheme: Scheme
     scratch: Scratch  # of a step: samplers work in it too
     rows: int  # that one step may have
+    model_digest: bytes  # 32: see wire/measured.py
     embedding: str = ""  # where embeddings come from: see StatsResponse
     weights_resident: bool = False
 
@@ -63,7 +65,8 @@ def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, work
         )
     if settings.scheme == "plain":
         scratch = Scratch(memory, sampling_bytes(config.vocabulary))
-        return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS)
+        with closing(_checkpoint(settings, config)) as checkpoint:  # read by the worker, measured for claims
+            return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS, checkpoint.model_digest)
     return _inside(settings, config, memory, worker)
 
 
@@ -85,7 +88,7 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     scratch, head_rows = Scratch(memory, division.scratch), division.head_rows
     pads = None
     if demand.masks:
-        pads = _pads(settings, boot_key, checkpoint, weights, division, Scratch(memory, division.refill))
+        pads = _pads(settings, boot_key, checkpoint.model_digest, weights, division, Scratch(memory, division.refill))
         table = config.vocabulary if demand.looks_up(division.layout) else 0
         verifier = Verifier(memory, weights.specs, table)
     pages = PagePool(memory, config, demand.kv, division.slots, store, opener)
@@ -98,14 +101,15 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     else:
         built = Split(weights, pages, scratch, head_rows, worker)
     embedding = "lookup" if demand.looks_up(division.layout) else division.layout.embed
-    return Assembled(built, scratch, division.rows, embedding, division.layout.linears == "resident")
+    resident = division.layout.linears == "resident"
+    return Assembled(built, scratch, division.rows, checkpoint.model_digest, embedding, resident)
 
 
 def _pads(
-    settings: Settings, boot_key: bytes, checkpoint: Checkpoint, weights: Weights, division: Plan, scratch: Scratch
+    settings: Settings, boot_key: bytes, model_digest: bytes, weights: Weights, division: Plan, scratch: Scratch
 ) -> Pads:
     specs = weights.specs + ([lookup_spec(weights.config)] if weights.layout.embed == "scan" else [])
-    source = PadSource(boot_key, checkpoint.digest())
+    source = PadSource(boot_key, model_digest)
     bank = Bank(boot_key, specs, settings.pad_bank, settings.spill_dir)
     return Pads(source, bank, Refill(source, bank, weights, specs, scratch, division.refill_rows))
 
@@ -128,21 +132,22 @@ def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, wo
         rows //= 2  # nothing is saved below the least
     scratch = Scratch(memory, kv_shield.scratch_bytes(config, kv_type, rows))
     pages = PageStore(secrets.token_bytes(32), settings.spill_dir)
-    scheme = KvShield(_checkpoint(settings, config), config, memory, scratch, worker, pages, options)
+    checkpoint = _checkpoint(settings, config)
+    scheme = KvShield(checkpoint, config, memory, scratch, worker, pages, options)
     worker.greet = scheme.provision
-    return Assembled(scheme, scratch, rows)
+    return Assembled(scheme, scratch, rows, checkpoint.model_digest)
 
 
 def _kv_type(settings: Settings) -> KvType:
     return KvType[settings.kv_dtype.upper()]
 
 
-def _checkpoint(settings: Settings, config: ModelConfig) -> Checkpoint:
-    """The model's weights, opened here if they are sealed. Raises CheckpointError, PreconditionError."""
+def _checkpoint(settings: Settings, config: ModelConfig) -> MeasuredCheckpoint:
+    """The model's weights, opened here if they are sealed, measured. Raises CheckpointError, PreconditionError."""
     if settings.model_key_file is not None:
         if not is_sealed(settings.model):
             raise CheckpointError(f"{settings.model} is not sealed: leave --model-key-file out")
         return open_sealed(settings.model, read_key(settings.model_key_file), config)
     if is_sealed(settings.model):
         raise CheckpointError(f"{settings.model} is sealed: say where its key is with --model-key-file FILE")
-    return Checkpoint(settings.model)
+    return MeasuredCheckpoint(settings.model, config)

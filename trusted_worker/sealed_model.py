@@ -39,6 +39,7 @@ from Crypto.Protocol.KDF import HKDF
 
 from wire.checkpoint import Checkpoint, FileSource
 from wire.errors import CheckpointError, CleaveError, PreconditionError, VerificationError
+from wire.measured import MeasuredCheckpoint
 from wire.model_config import ModelConfig
 
 SUFFIX = ".sealed"
@@ -126,14 +127,14 @@ def is_sealed(folder: Path) -> bool:
     return any(folder.glob(f"*.safetensors{SUFFIX}"))
 
 
-def open_sealed(folder: Path, key: bytes, config: ModelConfig) -> Checkpoint:
+def open_sealed(folder: Path, key: bytes, config: ModelConfig) -> MeasuredCheckpoint:
     """A sealed model, bound to the configuration that is in use: `config` as it was read from the folder.
 
-    Raises CheckpointError for another key or changed files; its reads raise VerificationError.
+    All of it is opened once. Raises CheckpointError for another key or changed files; its reads VerificationError.
     """
     salts = set[bytes]()
     try:
-        return Checkpoint(folder, SUFFIX, lambda path: SealedSource(path, key, config.digest, salts))
+        return MeasuredCheckpoint(folder, config, SUFFIX, lambda path: SealedSource(path, key, config.digest, salts))
     except VerificationError:
         raise CheckpointError(f"{folder} cannot be opened with this key, or was changed") from None
 

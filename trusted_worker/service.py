@@ -1,10 +1,11 @@
-"""Opens sessions on the scheme that the settings name, and counts. Compute thread only, but for `stats`."""
+"""Opens sessions on the scheme that the settings name, and counts. Compute thread only, but for `stats`, `claims`."""
 
 import logging
 import secrets
 
 from trusted_worker import metrics
 from trusted_worker.assembly import Assembled, assemble
+from trusted_worker.attestation import claims
 from trusted_worker.cache import Cache
 from trusted_worker.config import Settings
 from trusted_worker.engine import Engine
@@ -53,6 +54,7 @@ class Service:
         self.draining = False
         self._latencies = Latencies()
         self._assembled: Assembled | None = None
+        self._claims: bytes | None = None
         self._sessions: dict[bytes, Session] = {}
         self.engine = Engine(self._load, MAX_ROWS)
 
@@ -108,8 +110,10 @@ class Service:
             self.close(name)
 
     def claims(self) -> bytes:
-        """TEMPORARY"""
-        return b"{}"
+        """What evidence is to bind beside the key. Any thread. Raises PreconditionError while the model is loading."""
+        if self._claims is None:
+            raise PreconditionError("model is loading; try again in a moment")
+        return self._claims
 
     def stats(self) -> pb.StatsResponse:
         """Counters since the start."""
@@ -159,10 +163,11 @@ class Service:
             assembled = assemble(self._settings, self.config, self._memory, self.worker)
         except BudgetExceeded as error:
             raise ExhaustedError(f"{error}; start the trusted worker with a larger --memory-budget") from error
+        log.info("model digest: %s", assembled.model_digest.hex())
         self.engine.limit_rows(assembled.rows)
         if self._settings.scheme != "tee-only":
             self.worker.connect(patient=True)
-        self._assembled = assembled
+        self._assembled, self._claims = assembled, claims(self._settings, assembled.model_digest)
         return assembled.scheme
 
 

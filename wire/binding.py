@@ -11,10 +11,16 @@ import json
 from collections.abc import Mapping
 
 LABEL = b"cleave attestation v1\0"
+NONCE_BYTES = 32
 REPORT_DATA_BYTES = 64
 # What a trusted worker says of itself: the model's and the settings' digests and the build as strings, then lists of
 # strings: schemes that it permits, and --insecure- switches that are on.
 CLAIMS = ("build", "config_digest", "insecure", "model_digest", "schemes")
+
+
+def lp(part: bytes) -> bytes:
+    """The part behind its length. Raises OverflowError from 4 GiB on."""
+    return len(part).to_bytes(4, "big") + part
 
 
 def canonical(claims: Mapping[str, object]) -> bytes:
@@ -24,8 +30,5 @@ def canonical(claims: Mapping[str, object]) -> bytes:
 
 def report_data(provider: str, nonce: bytes, hpke_key: bytes, claims: bytes) -> bytes:
     """The 64 bytes that evidence must carry. `claims` are the bytes that travel."""
-    digest = hashlib.sha512(LABEL)
-    for part in (provider.encode(), nonce, hpke_key):
-        digest.update(len(part).to_bytes(4, "big") + part)
-    digest.update(hashlib.sha256(claims).digest())
-    return digest.digest()
+    parts = lp(provider.encode()) + lp(nonce) + lp(hpke_key)
+    return hashlib.sha512(LABEL + parts + hashlib.sha256(claims).digest()).digest()

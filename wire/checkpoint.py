@@ -5,7 +5,6 @@ the header is checked against the file before it is used; the ranges of a file m
 checkpoint names its files in model.safetensors.index.json.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import numpy.typing as npt
 from wire.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-DIGEST_BYTES = 1 << 18  # read at a time
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _OTHER_SIZES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
 
@@ -135,18 +133,6 @@ class Checkpoint:
         for row in range(shape[0]):
             columns[row] = self._read(name, shape, row * shape[1] + start, stop - start)
         return np.ascontiguousarray(columns.T)
-
-    def digest(self) -> bytes:
-        """SHA-256 over all files, in order of their names: what keys are bound to."""
-        total = hashlib.sha256()
-        for file in self._files:
-            part = hashlib.sha256()
-            for offset in range(0, file.size, DIGEST_BYTES):
-                piece = np.empty(min(DIGEST_BYTES, file.size - offset), np.uint8)
-                file.read(offset, piece)
-                part.update(piece.data)
-            total.update(part.digest())
-        return total.digest()
 
     def _find(self, name: str) -> TensorInfo | None:
         """A checkpoint saved from the model without its head leaves out the first part of every name."""

@@ -13,6 +13,9 @@ def add_attest(parser: argparse.ArgumentParser, parser_class: type[argparse.Argu
     actions = parser.add_subparsers(dest="action", required=True, parser_class=parser_class, metavar="ACTION")
     _add_verify(actions.add_parser("verify", help="judge a report or a quote in a file; nothing is sent anywhere"))
     _add_measure(actions.add_parser("measure", help="the measurement that an image must have, as a policy entry"))
+    model = actions.add_parser("model", help="the digest that a worker must claim for a model, as a policy entry")
+    model.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder in Hugging Face layout")
+    model.add_argument("--json", action="store_true", help="one JSON object: model, model_digest")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

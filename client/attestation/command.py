@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.attestation import azure, measure
+from client.attestation import azure, measure, model_digest
 from client.attestation.checklist import PASSED, Refusal, Step
 from client.attestation.examine import examine, is_marked
 from client.attestation.policy_file import load
@@ -21,7 +21,7 @@ from client.attestation.rules import SEV_SNP, SIMULATED, TDX, Rules
 from client.attestation.snp_case import SnpEvidence
 from client.attestation.tdx import TEE_TDX, TdxEvidence, is_dice
 from client.terminal import one_line
-from wire.errors import InvalidArgumentError
+from wire.errors import CheckpointError, InvalidArgumentError
 
 MAX_FILE_BYTES = 4 << 20
 ACCEPTED, REFUSED, USAGE = 0, 1, 2
@@ -29,9 +29,10 @@ ACCEPTED, REFUSED, USAGE = 0, 1, 2
 
 def run(options: argparse.Namespace) -> int:
     """Run one action; the exit status."""
+    actions = {"measure": measure.run, "model": model_digest.run, "verify": _verify}
     try:
-        return measure.run(options) if options.action == "measure" else _verify(options)
-    except InvalidArgumentError as error:
+        return actions[options.action](options)
+    except (InvalidArgumentError, CheckpointError) as error:
         print(f"cleave attest {options.action}: {one_line(str(error))}", file=sys.stderr)
         return USAGE
 

@@ -14,6 +14,7 @@ from evaluation import shapes
 from evaluation.shapes import model_folder
 from wire.checkpoint import Checkpoint
 from wire.errors import CheckpointError, ExhaustedError
+from wire.measured import MeasuredCheckpoint
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, parameters, read
 
@@ -68,11 +69,12 @@ def test_a_shape_becomes_a_folder_that_loads(name: str) -> None:
 def test_a_folder_is_made_once_and_always_the_same(tmp_path: Path) -> None:
     folder = model_folder("shape:qwen2.5-0.5b", quiet)
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    first = Checkpoint(folder).digest()
+    first = MeasuredCheckpoint(folder, ModelConfig.from_hf(folder)).model_digest
     assert model_folder("shape:qwen2.5-0.5b", quiet) == folder == tmp_path / "cleave" / "shapes" / "qwen2.5-0.5b"
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
     shutil.rmtree(folder)
-    assert Checkpoint(model_folder("shape:qwen2.5-0.5b", quiet)).digest() == first
+    again = model_folder("shape:qwen2.5-0.5b", quiet)
+    assert MeasuredCheckpoint(again, ModelConfig.from_hf(again)).model_digest == first
 
 
 def test_a_big_one_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:

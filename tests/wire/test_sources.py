@@ -44,14 +44,12 @@ def _inverted(folder: Path, tensors: dict[str, torch.Tensor], names: tuple[str, 
         (folder / f"{name}.inverted").write_bytes((255 - plain).tobytes())
 
 
-def test_another_source_and_suffix_give_the_same_tensors_and_digest(tmp_path: Path) -> None:
+def test_another_source_and_suffix_give_the_same_tensors(tmp_path: Path) -> None:
     _inverted(tmp_path, {"one": torch.arange(6.0).reshape(2, 3)})
-    plain = Checkpoint(tmp_path)
     (tmp_path / FILE).unlink()
     checkpoint = Checkpoint(tmp_path, ".inverted", _Memory)
     assert checkpoint.read("one", (2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert checkpoint.read_columns("one", (2, 3), 1, 2).tolist() == [[1, 4]]
-    assert checkpoint.digest() == plain.digest()
     checkpoint.close()
     assert [one.closed for one in _Memory.opened] == [True]
 

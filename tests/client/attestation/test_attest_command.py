@@ -6,7 +6,7 @@ import signal
 import struct
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from client.attestation.policy_file import read
 from client.attestation.snp_products import AMD_ROOTS
 from tests.client.attestation import policies
 from tests.client.attestation.dev_pki import Pki, evidence
+from wire.measured import MeasuredCheckpoint
+from wire.model_config import ModelConfig
 
 Output = pytest.CaptureFixture[str]
 AT = "2025-06-01"
@@ -201,3 +203,32 @@ def test_what_cannot_be_measured(tmp_path: Path, capsys: Output, monkeypatch: py
     monkeypatch.setitem(sys.modules, "sevsnpmeasure", None)
     assert measure("--ovmf", image, "--vcpus", "1") == 2
     assert "pip install 'cleave[measure]'" in capsys.readouterr().err
+
+
+def test_the_digest_of_a_model_is_an_entry_that_a_policy_takes(
+    model_folder: Callable[[str], Path], capsys: Output
+) -> None:
+    folder = model_folder("llama")
+    digest = MeasuredCheckpoint(folder, ModelConfig.from_hf(folder)).model_digest.hex()
+    assert main(["attest", "model", "--model", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["[claims]", "# llama", f'model_digests = ["{digest}"]']
+    text = policies.policy("simulated").replace("01" * 32, digest)
+    assert read(text).claims.model_digests.values == {digest}
+    assert main(["attest", "model", "--model", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": "llama", "model_digest": digest}
+
+
+def test_models_without_a_digest(model_folder: Callable[[str], Path], tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "config.json").write_bytes((model_folder("llama") / "config.json").read_bytes())
+    for spoil, reason in (
+        (tmp_path / "other", "model.safetensors is missing"),
+        (tmp_path / "model.safetensors.sealed", "is sealed: its digest is that of the opened model"),
+        (tmp_path / "model.safetensors", "is it truncated?"),
+    ):
+        spoil.write_bytes(b"")
+        assert main(["attest", "model", "--model", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("cleave attest model: ")
+        assert reason in error
+    assert main(["attest", "model", "--model", str(tmp_path / "absent")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
