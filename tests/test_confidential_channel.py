@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import grpc
 import pytest
@@ -12,7 +13,7 @@ from client.tokenizer import Tokenizer
 from client.turn import Pacing
 from tests.faults.fleet import DEMO, until
 from tests.pressure.processes import Trusted, trusted_worker
-from tests.sealed import Opened, RawClient
+from tests.sealed import Opened, RawClient, status
 from tests.simulators.in_the_middle import Hook, InTheMiddle, in_the_middle
 from wire.errors import SealError, UnauthenticatedError, UnavailableError
 from wire.sealing import SIZES
@@ -166,6 +167,13 @@ def test_an_answer_without_its_end_is_an_error(trusted: Trusted, middle: InTheMi
         say(middle, trusted, PROMPT)
 
 
+def reopened(trusted: Trusted, frame: pb.Sealed) -> Any:
+    """The error of an Open."""
+    with pytest.raises(grpc.RpcError) as caught:
+        trusted.stub.Open(frame, timeout=20)
+    return caught.value
+
+
 def test_replayed_calls_are_refused_and_harm_nobody(trusted: Trusted, middle: InTheMiddle) -> None:
     """Every first frame that ever passed, again, while a session is open."""
     with connect(middle.target, Policy()) as worker:
@@ -173,15 +181,11 @@ def test_replayed_calls_are_refused_and_harm_nobody(trusted: Trusted, middle: In
         said = [token.token_id for token in session.turn(PROMPT, Pacing(4, COUNT, 20.0))]
         tokens = trusted.stats().tokens
         for name, frame in [one for one in middle.sent if one[1].enc]:
-            if name == "Decode":
-                answer: grpc.Call = trusted.stub.Decode(iter([frame]), timeout=20)
-                with pytest.raises(grpc.RpcError) as caught:
-                    list(answer)
-            else:
-                with pytest.raises(grpc.RpcError) as caught:
-                    trusted.stub.Open(frame, timeout=20)
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert "repeated" in caught.value.details()
+            error = (
+                status(trusted.stub.Decode(iter([frame]), timeout=20)) if name == "Decode" else reopened(trusted, frame)
+            )
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert "repeated" in error.details()
         assert trusted.stats().tokens == tokens
         assert trusted.stats().sessions == 1
         more = [token.token_id for token in session.turn(PROMPT, Pacing(4, COUNT, 20.0))]
@@ -208,9 +212,7 @@ def test_a_session_cannot_be_taken_over_by_its_name(trusted: Trusted, middle: In
         thief = RawClient(trusted.stub)  # he has the worker's key, as everybody has
         for secret in (bytes(32), b"a guess".ljust(32)):
             call = thief.call(Opened(name, secret, pb.OpenResponse()))
-            stream = trusted.stub.Decode(iter([call.wrap(pb.DecodeRequest(credit=1))]), timeout=20)
-            with pytest.raises(grpc.RpcError) as caught:
-                list(stream)
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            error = status(trusted.stub.Decode(iter([call.wrap(pb.DecodeRequest(credit=1))]), timeout=20))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
         assert len(list(answer)) == COUNT - 1
         session.close()

@@ -38,14 +38,15 @@ def run(settings: Settings, limit: ProcessLimit) -> None:
         log.warning("%d us are charged for each exchange, as a world switch", settings.switch_us)
     if settings.insecure_unchecked_tiles:
         log.warning("streamed weights are used without comparing their digests")
-    asyncio.run(_serve(Service(settings, limit), settings))
+    service = Service(settings, limit)
+    asyncio.run(_serve(service, TrustedWorker(service, settings), settings))
 
 
-async def _serve(service: Service, settings: Settings) -> None:
+async def _serve(service: Service, servicer: TrustedWorker, settings: Settings) -> None:
     server = grpc.aio.server(
         options=channel.server_options(), maximum_concurrent_rpcs=MAX_CALLS, interceptors=[Parser()]
     )
-    trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(TrustedWorker(service, settings), server)
+    trusted_worker_pb2_grpc.add_TrustedWorkerServiceServicer_to_server(servicer, server)
     healthy = Health(NAME)
     await healthy.add(server)
     if settings.reflection:

@@ -48,7 +48,7 @@ class InTheMiddle(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         self.nonces.append(request.nonce)
         return self.attest(_relayed(lambda: self.stub.Attest(request, timeout=SECONDS), context))
 
-    def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:
+    def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> Any:
         return _relayed(lambda: self.stub.Stats(request, timeout=SECONDS), context)
 
     def Open(self, request: pb.Sealed, context: grpc.ServicerContext) -> pb.Sealed:
@@ -65,7 +65,7 @@ class InTheMiddle(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     def Decode(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> Iterator[pb.Sealed]:
         call = self.stub.Decode(self._frames("Decode", request_iterator), timeout=SECONDS)
-        context.add_callback(call.cancel)
+        context.add_callback(lambda: call.cancel() and None)
         try:
             yield from self._answers("Decode", call)
         except grpc.RpcError as error:
