@@ -1,8 +1,9 @@
 """A GPU worker and a trusted worker on this machine, as children of this process; a simulated TEE, if it is wanted.
 
 The workers talk over a Unix socket in a private folder. The simulated TEE makes its keys while the GPU worker starts;
-the policy file that names them is what a client of this cluster needs. Start the cluster in the main thread: the kernel ends the
-children when the thread that made them ends, so nothing is left behind even when this process is killed.
+the policy file that names them is what a client of this cluster needs. Start the cluster in the main thread: the
+kernel ends the children when the thread that made them ends, so nothing is left behind even when this process is
+killed.
 """
 
 import contextlib
