@@ -1,6 +1,6 @@
 """A GPU worker and a trusted worker on this machine, as children of this process; a simulated TEE, if it is wanted.
 
-The workers talk over a Unix socket in a private folder. The simulated TEE makes its keys while the GPU worker starts;
+The workers talk over a Unix socket in a private folder. The simulated TEE makes its keys while the model loads;
 the policy file that names them is what a client of this cluster needs. Start the cluster in the main thread: the
 kernel ends the children when the thread that made them ends, so nothing is left behind even when this process is
 killed.
@@ -113,19 +113,22 @@ class Cluster:
 
     def _start(self) -> None:
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cleave-")))  # mode 0700
-        tee = self._start_simulated_tee(folder / "tsm") if self._settings.simulated else None
+        policy = self._settings.policy_file or folder / "policy.toml"
+        tee = self._start_simulated_tee(folder / "tsm", policy) if self._settings.simulated else None
         if self._settings.offloads:
             self._offload = self._start_gpu_worker(self._settings.gpu_listen or f"unix:{folder}/gpu.sock")
         listen = self._settings.listen or f"unix:{folder}/trusted.sock"
         argv = self._trusted_worker(listen, self._offload)
         if tee:
-            self.policy = self._write_policy(tee, self._settings.policy_file or folder / "policy.toml")
+            tee.await_line("listening", LISTEN_SECONDS, "starting the simulated TEE", self._tick)
             argv += ["--evidence", "tsm", "--tsm-dir", str(folder / "tsm")]
         trusted = self._spawn(TRUSTED_WORKER, argv)
         self.target = trusted.await_line("listening on", LISTEN_SECONDS, "starting the trusted worker", self._tick)
         trusted.await_line("serving", SERVE_SECONDS, "loading the model", self._tick)
+        self.policy = self._write_policy(tee, policy) if tee else None
 
-    def _start_simulated_tee(self, folder: Path) -> Child:
+    def _start_simulated_tee(self, folder: Path, policy: Path) -> Child:
+        simulated_policy.check(policy)  # before anything takes long
         folder.mkdir(0o700)
         return self._spawn(SIMULATED_TEE, ["-m", "deploy.local.simulated_tee", "--folder", str(folder)])
 

@@ -34,14 +34,21 @@ measurements = ["{measurement}"]
 """
 
 
-def write(path: Path, policy: str) -> None:
-    """Put the file there whole, in the place of an older one of its kind.
-
-    Raises InvalidArgumentError when a policy that somebody else wrote is in the way, or nothing can be written.
-    """
+def check(path: Path) -> None:
+    """Raises InvalidArgumentError when a policy that somebody else wrote is in the way, or no folder is there."""
     try:
         if path.exists() and path.read_bytes().splitlines()[:1] != [_HEAD.encode()]:
             raise InvalidArgumentError(f"{path} is not a policy file that Cleave wrote: name another place")
+        if not path.parent.is_dir():
+            raise InvalidArgumentError(f"the policy file {path} cannot be written: there is no such folder")
+    except OSError as error:
+        raise InvalidArgumentError(f"the policy file {path} cannot be written") from error
+
+
+def write(path: Path, policy: str) -> None:
+    """Put the file there whole, in the place of an older one of its kind. Raises InvalidArgumentError, as `check`."""
+    check(path)
+    try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
         try:
             with open(descriptor, "w", encoding="utf-8") as file:

@@ -8,11 +8,12 @@ trusted worker's source. What breaks it: everybody with this user's rights; none
 
 A request is a directory in DIR, made and removed by the trusted worker:
 
-    1  the directory appears; provider ("simulated"), generation ("0") and an empty inblob are put into it
+    1  the directory appears; generation ("0"), an empty inblob and, last, provider ("simulated") are put into it
     2  the trusted worker writes 64 bytes of report data to inblob
     3  generation becomes "1"; auxblob, the certificate table; outblob, the report, last
 
-Files appear whole, by renaming. Everything else in DIR is left alone: files, links, names that are not plain.
+Files appear whole, by renaming. Everything else in DIR is left alone: files, links, names that are not plain. The keys
+are made meanwhile: a line says "listening" before, and one says "ready", the root's fingerprint and the measurement.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from deploy.local.simulated_pki import REPORT_DATA_BYTES, DevPki
@@ -37,7 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _SCRATCH = ".new"  # a file before it is renamed
 
 Request = tuple[str, int]  # name and inode of a directory
-Answer = Callable[[bytes], tuple[bytes, bytes]]  # report data in; certificate table and report out
+Answer = Callable[[bytes], tuple[bytes, bytes] | None]  # report data in; certificate table and report out, or not yet
 
 
 class TsmFolder:
@@ -76,14 +78,16 @@ class TsmFolder:
         """Whether there is nothing more to do for it. Raises OSError."""
         with _directory(self._root, request[0]) as folder:
             if request not in self._finished:  # step 1
-                self._put(folder, "provider", b"simulated\n")
                 self._put(folder, "generation", b"0\n")
                 self._put(folder, "inblob", b"")
+                self._put(folder, "provider", b"simulated\n")  # who only wants to know this may leave right after
                 return False
             report_data = _inblob(folder)  # step 2
             if report_data is None:
                 return False
-            table, report = self._answer(report_data)
+            if (answer := self._answer(report_data)) is None:
+                return False
+            table, report = answer
             self._put(folder, "generation", b"1\n")  # step 3
             self._put(folder, "auxblob", table)
             self._put(folder, "outblob", report)
@@ -130,7 +134,7 @@ def measure(root: Path) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve until the process is ended. One line says "ready", the root's fingerprint and the measurement."""
+    """Serve until the process is ended. Leaves with status 2 and one line when the folder will not do."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Evidence that proves nothing, in a real format.")
     parser.add_argument("--folder", type=Path, required=True, help="a private directory: the fake configfs")
     parser.add_argument("--parent", type=int, default=None, help="end when this process ends")
@@ -138,14 +142,22 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.parent is not None:
             die_with_parent(options.parent)
-        measurement, pki = measure(_ROOT), DevPki()
-        folder = TsmFolder(options.folder, lambda data: (pki.table, pki.report(data, measurement)))
+        measurement, keys = measure(_ROOT), ThreadPoolExecutor(1).submit(DevPki)
+        folder = TsmFolder(options.folder, lambda data: _sign(keys, data, measurement))
     except CleaveError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(f"ready {pki.root} {measurement.hex()}", flush=True)
+    print("listening", flush=True)
+    while not keys.done():
+        folder.serve_once()
+        time.sleep(POLL_SECONDS)
+    print(f"ready {keys.result().root} {measurement.hex()}", flush=True)
     while True:
         folder.serve_once()
         time.sleep(POLL_SECONDS)
+
+
+def _sign(keys: Future[DevPki], report_data: bytes, measurement: bytes) -> tuple[bytes, bytes] | None:
+    return (keys.result().table, keys.result().report(report_data, measurement)) if keys.done() else None
 
 
 if __name__ == "__main__":

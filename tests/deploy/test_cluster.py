@@ -35,6 +35,7 @@ TEE = f"""
 import os, signal, sys
 folder = sys.argv[sys.argv.index("--folder") + 1]
 assert os.stat(folder).st_mode & 0o777 == 0o700 and not os.listdir(folder)
+print("listening", flush=True)
 print("ready", "{"ab" * 32}", "{"cd" * 48}", flush=True)
 signal.pause()
 """
@@ -48,6 +49,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name / "__init__.py").touch()
         replace(tmp_path, name, WORKER)
     (tmp_path / "deploy" / "local").mkdir(parents=True)
+    for package in ("deploy", "deploy/local"):
+        (tmp_path / package / "__init__.py").touch()
     replace_tee(tmp_path, TEE)
     monkeypatch.setattr(cluster, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -158,7 +161,10 @@ def test_a_simulated_tee_starts_first_and_its_policy_is_written(repository: Path
     assert rules.simulated.measurements.values == {"cd" * 48}
     assert (rules.claims.schemes, rules.claims.insecure) == ({"secure-infer"}, frozenset())
     assert f"--evidence tsm --tsm-dir {folder}/tsm" in line
-    assert progress.stages[1] == "making the keys of the simulated TEE"
+    assert progress.stages == [
+        "starting the GPU worker", "starting the simulated TEE", "starting the trusted worker", "loading the model",
+        "making the keys of the simulated TEE",
+    ]  # fmt: skip
     assert not folder.exists()
     for process in processes:
         with pytest.raises(ProcessLookupError):
@@ -189,8 +195,11 @@ def test_the_policy_goes_where_it_is_wanted_and_stays(repository: Path) -> None:
 
 def test_a_policy_of_somebody_else_stops_the_start(repository: Path) -> None:
     (repository / "mine.toml").write_text("version = 1\n")
-    with pytest.raises(InvalidArgumentError, match="name another place"):
-        Cluster(simulated(policy_file=repository / "mine.toml"), Recorder()).__enter__()
+    progress = Recorder()
+    for name, reason in (("mine.toml", "name another place"), ("absent/mine.toml", "no such folder")):
+        with pytest.raises(InvalidArgumentError, match=reason):
+            Cluster(simulated(policy_file=repository / name), progress).__enter__()
+    assert not progress.stages
 
 
 def test_the_death_of_the_simulated_tee_is_reported(repository: Path) -> None:

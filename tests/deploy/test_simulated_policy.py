@@ -56,7 +56,7 @@ def test_somebody_else_s_policy_stays(tmp_path: Path, content: str) -> None:
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent" / "policy.toml", tmp_path):
+    for path in (tmp_path / "absent" / "policy.toml", tmp_path, Path("/proc/policy.toml")):
         with pytest.raises(InvalidArgumentError, match="cannot be written"):
             simulated_policy.write(path, policy())
     assert not list(tmp_path.iterdir())

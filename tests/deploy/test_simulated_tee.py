@@ -60,7 +60,7 @@ def test_a_request_goes_through_its_steps(folder: Path, served: TsmFolder, asked
     assert [path.name for path in folder.iterdir()] == ["request_1.A-b"]
 
 
-def test_outblob_appears_after_everything_else(
+def test_provider_and_outblob_appear_after_everything_else(
     folder: Path, served: TsmFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
@@ -75,7 +75,7 @@ def test_outblob_appears_after_everything_else(
     served.serve_once()
     (folder / "request" / "inblob").write_bytes(DATA)
     served.serve_once()
-    assert names == ["provider", "generation", "inblob", "generation", "auxblob", "outblob"]
+    assert names == ["generation", "inblob", "provider", "generation", "auxblob", "outblob"]
 
 
 def test_a_part_of_the_report_data_is_waited_for(folder: Path, served: TsmFolder, asked: Asked) -> None:
@@ -89,6 +89,19 @@ def test_a_part_of_the_report_data_is_waited_for(folder: Path, served: TsmFolder
     (request / "inblob").write_bytes(DATA)
     served.serve_once()
     assert asked == [DATA]
+
+
+def test_report_data_waits_for_the_keys(folder: Path) -> None:
+    answers: list[tuple[bytes, bytes] | None] = [None, None, (b"table", b"report")]
+    waiting = TsmFolder(folder, lambda data: answers.pop(0))
+    (folder / "request").mkdir()
+    waiting.serve_once()
+    (folder / "request" / "inblob").write_bytes(DATA)
+    for _ in range(2):
+        waiting.serve_once()
+        assert attributes(folder / "request") == {"provider": b"simulated\n", "generation": b"0\n", "inblob": DATA}
+    waiting.serve_once()
+    assert (folder / "request" / "outblob").read_bytes() == b"report"
 
 
 def test_a_name_can_be_used_again(folder: Path, served: TsmFolder, asked: Asked) -> None:
@@ -163,10 +176,10 @@ def test_what_is_no_inblob_gives_the_request_up_and_no_other(
 
 
 def test_something_in_the_way_of_an_attribute_gives_the_request_up(folder: Path, served: TsmFolder) -> None:
-    (folder / "request" / "provider").mkdir(parents=True)
+    (folder / "request" / "generation").mkdir(parents=True)
     served.serve_once()
     served.serve_once()
-    assert names_in(folder / "request") == {"provider"}
+    assert names_in(folder / "request") == {"generation"}
     (folder / "next").mkdir()
     served.serve_once()
     assert names_in(folder / "next") == {"provider", "generation", "inblob"}

@@ -45,7 +45,7 @@ class Simulator:
         """As trusted_worker/tsm.py asks for it."""
         request = self._folder / f"request-{next(self._names)}"
         request.mkdir()
-        await_file(request / "inblob")
+        await_file(request / "provider")
         assert (request / "provider").read_text() == "simulated\n"
         assert (request / "generation").read_text() == "0\n"
         with (request / "inblob").open("r+b") as file:
