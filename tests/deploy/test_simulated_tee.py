@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import simulated_tee
 from deploy.local.simulated_tee import MAX_REQUESTS, TsmFolder, measure
 from wire.errors import InvalidArgumentError
 
@@ -70,7 +69,7 @@ def test_provider_and_outblob_appear_after_everything_else(
         names.append(after)
         rename(before, after, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
-    monkeypatch.setattr(simulated_tee.os, "rename", record)
+    monkeypatch.setattr(os, "rename", record)
     (folder / "request").mkdir()
     served.serve_once()
     (folder / "request" / "inblob").write_bytes(DATA)

@@ -114,7 +114,8 @@ class Attester(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         context.abort(grpc.StatusCode.PERMISSION_DENIED, "only Attest")
         raise AssertionError
 
-    Open = Decode = Close = Upload = Stats = _refuse
+    Open = Close = Stats = _refuse
+    Decode = Upload = _refuse  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
