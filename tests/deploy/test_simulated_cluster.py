@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -36,7 +34,7 @@ def test_a_session_runs_under_the_policy_of_its_cluster(cluster: Cluster) -> Non
     with connect(cluster.target, Policy(rules=policy_file.read(rules_of(cluster)))) as worker:
         assert (worker.peer.provider, worker.peer.verified) == ("simulated", False)
         assert "report data" in {step.field for step in worker.peer.steps}
-        session = worker.open(replace(REQUEST, model=_name()))
+        session = worker.open(REQUEST)
         try:
             assert len(list(session.turn([1, 2, 3], Pacing(max_new_tokens=4)))) == 4
         finally:
@@ -72,9 +70,3 @@ def test_another_policy_refuses(cluster: Cluster, pattern: str, value: str, fiel
 def test_without_a_policy_nothing_is_sent(cluster: Cluster) -> None:
     with pytest.raises(UnauthenticatedError, match="--policy"), connect(cluster.target, Policy(allow_unattested=True)):
         pass
-
-
-def _name() -> str:
-    from wire.model_config import ModelConfig
-
-    return ModelConfig.from_hf(Path(DEMO_MODEL)).name
