@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from client.attestation.arguments import add_attest
+from client.attestation.arguments import add_attest, check_attest
 from wire.profiles import PROFILES
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -43,13 +43,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     up = commands.add_parser("up", help="run both workers until stopped, for `cleave chat --connect`")
     _add_up(up)
     _add_budget(commands.add_parser("budget", help="what a model costs under every scheme; runs nothing"))
-    add_attest(commands.add_parser("attest", help="verify evidence, measure images"), Parser)
+    attest = commands.add_parser("attest", help="ask a worker for evidence, verify evidence, measure images")
+    add_attest(attest, Parser)
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     options = parser.parse_args(argv)
     if options.command in ("chat", "up"):
         _check_cluster(chat if options.command == "chat" else up, options)
     if options.command == "chat":
         _check_chat(chat, options)
+    if options.command == "attest":
+        check_attest(attest, options)
     return options
 
 
@@ -65,7 +68,13 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure-plaintext",
         action="store_true",
-        help="listen on an address that other machines reach, although prompts cross the network in the clear",
+        help="listen on an address that other machines reach, without evidence: clients cannot tell who answers them",
+    )
+    parser.add_argument(
+        "--policy-file",
+        type=Path,
+        metavar="FILE",
+        help="where the policy for `cleave chat --connect` is written; default: a private temporary folder",
     )
     _add_cluster(parser)
 
@@ -175,12 +184,18 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 def _add_connection(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("connection").add_argument
     add("--connect", metavar="HOST:PORT", help="use this trusted worker; default: start a cluster for this chat")
+    add(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="with --connect: what the worker must prove, in TOML; docs/attestation.md",
+    )
     add("--credit", type=_integer(1, 4096), default=8, metavar="N", help="most tokens in flight; default: %(default)s")
     add("--timeout", type=_number(1, 86400), default=120.0, metavar="SECONDS", help="longest wait for a token")
     add(
         "--insecure-unattested",
         action="store_true",
-        help="with --connect: talk to another machine that proves nothing, in the clear",
+        help="with --connect: talk to another machine that proves nothing; whoever answers there reads your prompts",
     )
 
 
@@ -211,6 +226,10 @@ def _check_chat(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--json and --logprobs need --prompt or --token-ids")
     if options.logprobs and not options.json:
         parser.error("--logprobs needs --json")
+    if options.policy and not options.connect:
+        parser.error("--policy needs --connect: a cluster that this command starts comes with a policy of its own")
+    if options.policy and options.insecure_unattested:
+        parser.error("--policy wants evidence, --insecure-unattested wants none: leave one out")
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

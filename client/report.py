@@ -3,11 +3,13 @@
 from typing import Any
 
 from client.answer import Answer
-from client.attestation.policy import UNATTESTED, VerifiedPeer
+from client.attestation.policy import VerifiedPeer
+from client.attestation.rules import SIMULATED
 from client.counters import Counters
 from client.session import Request
-from client.terminal import one_line, size
+from client.terminal import one_line, red, size
 
+NO_TEE = "SIMULATED TEE: whoever runs this machine can read the conversation"
 _UNCHECKED = "DIGESTS ARE NOT CHECKED (--insecure-unchecked-tiles)"
 _DIFFERENCES = (
     "exchanges",
@@ -102,10 +104,10 @@ def status_line(answer: Answer, request: Request, peer: VerifiedPeer) -> str:
 
 
 def attestation(peer: VerifiedPeer) -> str:
-    """The state of the attestation, never flattering."""
-    if peer.provider == UNATTESTED:
-        return "attestation: none (emulation)"
-    return f"attestation: {peer.provider} ({'verified' if peer.verified else 'NOT verified'})"
+    """The state of the attestation, never flattering: for a note, in red where there is less than there seems."""
+    if peer.verified:
+        return f"verified: {peer.provider}"
+    return red(NO_TEE) if peer.provider == SIMULATED else "attestation: none (emulation)"
 
 
 def table(counters: Counters) -> str:

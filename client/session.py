@@ -17,10 +17,12 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from client.attestation.policy import Offer, Policy, VerifiedPeer, verify
+from client.attestation.fetch import fetch_from
+from client.attestation.policy import Policy, VerifiedPeer, verify
 from client.counters import Counters
 from client.embedding import EmbeddingTable
 from client.turn import DecodeStream, Pacing, Turn
+from wire.binding import NONCE_BYTES
 from wire.channel import CONNECT_SECONDS, client_options
 from wire.errors import (
     CheckpointError,
@@ -38,7 +40,6 @@ from wire.v1 import trusted_worker_pb2 as pb
 OPEN_SECONDS = 60.0
 CLOSE_SECONDS = 3.0
 POLL_SECONDS = 0.05
-NONCE_BYTES = 32
 PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
 
 T = TypeVar("T")
@@ -175,7 +176,10 @@ class TrustedWorker:
 
     def _verified(self) -> VerifiedPeer:
         self._lost = False
-        return _attest(self._stub, self._target, self._policy, self._seconds)
+        rules = self._policy.rules
+        nonce = os.urandom(NONCE_BYTES) if rules is None or rules.require_fresh_nonce else b""
+        provider, offer = fetch_from(self._stub, self._target, nonce, self._seconds)
+        return verify(self._target, provider, self._policy, offer)
 
     def _lose(self) -> None:
         """A call was cut: whatever answers next may be another machine."""
@@ -209,24 +213,6 @@ class TrustedWorker:
 def connect(target: str, policy: Policy, seconds: float = CONNECT_SECONDS) -> TrustedWorker:
     """Connect and attest. Raises UnauthenticatedError when the policy refuses the peer; nothing was sent by then."""
     return TrustedWorker(target, policy, seconds)
-
-
-def _attest(
-    stub: trusted_worker_pb2_grpc.TrustedWorkerServiceStub, target: str, policy: Policy, seconds: float
-) -> VerifiedPeer:
-    nonce = os.urandom(NONCE_BYTES)
-    try:
-        answer = stub.Attest(pb.AttestRequest(nonce=nonce), timeout=seconds)
-    except grpc.RpcError as error:
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise UnavailableError(f"no trusted worker answers at {target}: start one with `cleave up`") from error
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            raise PreconditionError(f"what answers at {target} is not a trusted worker") from error
-        raise from_status(error.code(), error.details()) from error
-    offer = Offer(
-        nonce, answer.evidence, answer.hpke_key, answer.claims, tuple(answer.certificates), tuple(answer.collateral)
-    )
-    return verify(target, answer.provider, policy, offer)
 
 
 def _check_echo(request: Request, opened: pb.OpenResponse) -> None:

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
+from client.attestation import policy_file
 from client.attestation.policy import Policy
 from client.chat import Chat
 from client.conversation import Conversation
@@ -13,6 +15,7 @@ from client.terminal import Progress, quiet
 from client.tokenizer import Tokenizer
 from client.turn import Pacing
 from deploy.local.cluster import Cluster, Settings
+from wire.channel import is_local
 from wire.errors import CleaveError, InvalidArgumentError
 from wire.model_config import ModelConfig
 
@@ -36,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    """The cluster that the flags describe; only `up` says where it listens."""
+    """The cluster that the flags describe; only `up` says where it listens, and where its policy goes."""
+    listen = getattr(options, "listen", None)
     return Settings(
         model=options.model,
         scheme=options.scheme,
@@ -44,8 +48,10 @@ def settings(options: argparse.Namespace) -> Settings:
         memory_budget=options.memory_budget,
         pad_bank=options.pad_bank,
         device=options.device,
-        listen=getattr(options, "listen", None),
+        listen=listen,
         insecure_plaintext=getattr(options, "insecure_plaintext", False),
+        simulated=listen is None or is_local(listen),  # clients take such evidence from their own machine only
+        policy_file=getattr(options, "policy_file", None),
         more=options.more,
     )
 
@@ -70,17 +76,22 @@ def _talk(
 
 def _worker(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Cluster | None, TrustedWorker]:
     """The trusted worker to talk to, and the cluster that was started for it."""
-    policy = Policy(allow_unattested=options.insecure_unattested)
     if options.connect:
+        policy = _policy(options.policy, options.insecure_unattested)
         return None, stack.enter_context(connect(options.connect, policy))
     line = Progress(sys.stderr)
     stack.callback(line.clear)
     progress = quiet if options.json else line
     cluster = stack.enter_context(Cluster(settings(options), progress))
-    worker = stack.enter_context(connect(cluster.target, policy))
+    worker = stack.enter_context(connect(cluster.target, _policy(cluster.policy)))
     worker.await_pads(options.max_new_tokens, PADS_SECONDS, progress)
     line.clear()
     return cluster, worker
+
+
+def _policy(file: Path | None, allow_unattested: bool = False) -> Policy:
+    """Raises PolicyError for a file that is not accepted."""
+    return Policy(allow_unattested, policy_file.load(file) if file else None)
 
 
 def _request(options: argparse.Namespace, model: str) -> Request:

@@ -4,6 +4,7 @@ Text from a model or a peer loses its control characters: it must not drive the 
 """
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -26,8 +27,17 @@ def one_line(text: str) -> str:
 
 def note(text: str) -> None:
     """A line on stderr, dim on a terminal."""
-    lines = f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text
-    print(lines, file=sys.stderr, flush=True)
+    print(f"\x1b[2m{text}\x1b[0m" if _styled() else text, file=sys.stderr, flush=True)
+
+
+def red(text: str) -> str:
+    """The text for a place in a note, bright red on a terminal: what a user must not overlook."""
+    return f"\x1b[0;1;31m{text}\x1b[0;2m" if _styled() else text
+
+
+def _styled() -> bool:
+    """Whether stderr is a terminal, and its user wants more than plain text there (NO_COLOR)."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
 def size(count: float) -> str:

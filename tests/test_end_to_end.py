@@ -103,7 +103,7 @@ def test_secure_infer_says_what_split_says_bit_for_bit(model_folder: Callable[[s
     assert masked["products_verified"] > 0
     assert masked["products_verified"] == 13 * masked["pads_issued"]
     assert masked["exchanges"] > 0
-    assert masked["attestation"] == {"provider": "none", "verified": False}
+    assert masked["attestation"] == {"provider": "simulated", "verified": False}
     assert 0 < masked["secure_memory"]["peak"] <= masked["secure_memory"]["budget"]
     again = answer(folder, "--temperature", "0.8", "--top-p", "0.9", "--seed", "5")
     assert again["token_ids"] == answer(folder, "--temperature", "0.8", "--top-p", "0.9", "--seed", "5")["token_ids"]

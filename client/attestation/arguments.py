@@ -9,8 +9,9 @@ VMMS = ("QEMU", "ec2", "gce")
 
 
 def add_attest(parser: argparse.ArgumentParser, parser_class: type[argparse.ArgumentParser]) -> None:
-    """Add the actions of `cleave attest`."""
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=parser_class, metavar="ACTION")
+    """Add the flags of `cleave attest` itself, and its actions."""
+    _add_connect(parser)
+    actions = parser.add_subparsers(dest="action", parser_class=parser_class, metavar="ACTION")
     _add_verify(actions.add_parser("verify", help="judge a report or a quote in a file; nothing is sent anywhere"))
     _add_measure(actions.add_parser("measure", help="the measurement that an image must have, as a policy entry"))
     model = actions.add_parser("model", help="the digest that a worker must claim for a model, as a policy entry")
@@ -18,9 +19,31 @@ def add_attest(parser: argparse.ArgumentParser, parser_class: type[argparse.Argu
     model.add_argument("--json", action="store_true", help="one JSON object: model, model_digest")
 
 
+def check_attest(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leave with status 2 when there is no action and nobody to ask, or both."""
+    if options.action is None and (options.connect is None or options.policy is None):
+        parser.error("give --connect HOST:PORT and --policy FILE, or an action: `cleave attest --help` lists them")
+    if options.action is not None and (options.connect or options.save):
+        parser.error("--connect and --save go without an action")
+
+
+def _add_connect(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("a worker that runs").add_argument
+    add("--connect", metavar="HOST:PORT", help="ask this trusted worker for evidence over a fresh nonce, and judge it")
+    add("--policy", type=Path, metavar="FILE", help="what is accepted, in TOML; docs/attestation.md")
+    add("--save", type=Path, metavar="FILE", help="write what it answered, for `cleave attest verify --evidence`")
+    add("--json", action="store_true", help="one JSON object: verdict, provider, at, steps, advice")
+
+
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--evidence", type=Path, required=True, metavar="FILE", help="a SEV-SNP report or TDX quote, binary or in hex")
+    add(
+        "--evidence",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a SEV-SNP report or TDX quote, binary or in hex; or a bundle that --save wrote",
+    )
     add(
         "--certs",
         type=Path,

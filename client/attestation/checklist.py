@@ -58,9 +58,14 @@ def refuse(provider: str, number: int, field: str, wrong: Wrong, before: Sequenc
     return Refusal(provider, Step(number, field, REFUSED, wrong.text), wrong.advice, before)
 
 
-def run(provider: str, steps: Sequence[tuple[str, Callable[[C], str]]], case: C) -> tuple[Step, ...]:
-    """Take the steps in their order, numbered from 1. Raises Refusal at the first one that is wrong."""
-    taken: list[Step] = []
+def run(
+    provider: str, steps: Sequence[tuple[str, Callable[[C], str]]], case: C, before: Sequence[Step] = ()
+) -> tuple[Step, ...]:
+    """Take the steps in their order, numbered from 1. Raises Refusal at the first one that is wrong.
+
+    `before` are steps of another list, taken already: they come first in what is returned, and in the Refusal.
+    """
+    taken = list(before)
     for number, (field, check) in enumerate(steps, 1):
         try:
             seen = check(case)

@@ -25,9 +25,12 @@ class _Case:
         return parse(self.raw)
 
 
-def match(rules: ClaimRules, raw: bytes, provider: str) -> tuple[Step, ...]:
-    """Match claims with the policy. Raises Refusal. The evidence must have been verified over these very bytes."""
-    return run(provider, STEPS, _Case(rules, raw))
+def match(rules: ClaimRules, raw: bytes, provider: str, before: tuple[Step, ...] = ()) -> tuple[Step, ...]:
+    """Match claims with the policy. Raises Refusal. The evidence must have been verified over these very bytes.
+
+    `before` are the steps of that: see checklist.run.
+    """
+    return run(provider, STEPS, _Case(rules, raw), before)
 
 
 def parse(raw: bytes) -> dict[str, Any]:

@@ -1,59 +1,80 @@
-"""`cleave attest verify`: a report or a quote in a file, judged by a policy file. One line for each step.
+"""`cleave attest`: evidence of a worker that runs, or in files, judged by a policy file. One line for each step.
+
+    cleave attest --connect ...   asks over a fresh nonce; evidence, key and claims are judged as for a session
+    cleave attest verify          a report, a quote, or a bundle that `--connect ... --save` wrote
 
 Exit status: 0 accepted, 1 refused, 2 the command or a file makes no sense. With --json one object: `verdict` (accepted,
 refused), `provider`, `at`, `steps` (`number`, `field`, `verdict`: passed, not checked, refused; `text`) and `advice`
-(null when accepted). Evidence in a file comes from nobody in particular: without --report-data an accepted verdict says
-that such a guest ran somewhere, not that it is the one that you talk to.
+(null when accepted). A report in a file comes from nobody in particular: without --report-data an accepted verdict says
+that such a guest ran somewhere, not that it is the one that you talk to. A bundle has nonce, key and claims with it: it
+shows that such a guest had that key, not that it still has.
 """
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.attestation import azure, measure, model_digest
-from client.attestation.checklist import PASSED, Refusal, Step
+from client.attestation import azure, bundle, measure, model_digest
+from client.attestation.checklist import Step
 from client.attestation.examine import examine, is_marked
+from client.attestation.fetch import fetch
+from client.attestation.judge import judge
+from client.attestation.policy import Policy, verify
 from client.attestation.policy_file import load
 from client.attestation.rules import SEV_SNP, SIMULATED, TDX, Rules
 from client.attestation.snp_case import SnpEvidence
 from client.attestation.tdx import TEE_TDX, TdxEvidence, is_dice
+from client.attestation.verdict import conclude
 from client.terminal import one_line
+from wire.binding import NONCE_BYTES
 from wire.errors import CheckpointError, InvalidArgumentError
 
 MAX_FILE_BYTES = 4 << 20
-ACCEPTED, REFUSED, USAGE = 0, 1, 2
+USAGE = 2
+EVIDENCE_SECONDS = 30.0  # longest wait for it: hardware may take a second, and a worker takes one request at a time
+_NO_CLAIMS = ", and claims, which a file has none of"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one action; the exit status."""
-    actions = {"measure": measure.run, "model": model_digest.run, "verify": _verify}
+    """Run one action; the exit status. Raises UnavailableError when nobody answers, and what `verify` raises."""
+    actions = {"measure": measure.run, "model": model_digest.run, "verify": _verify, None: _ask}
     try:
         return actions[options.action](options)
     except (InvalidArgumentError, CheckpointError) as error:
-        print(f"cleave attest {options.action}: {one_line(str(error))}", file=sys.stderr)
+        print(f"cleave attest{f' {options.action}' if options.action else ''}: {one_line(str(error))}", file=sys.stderr)
         return USAGE
 
 
+def _ask(options: argparse.Namespace) -> int:
+    policy = Policy(rules=load(options.policy))
+    provider, offer = fetch(options.connect, os.urandom(NONCE_BYTES), EVIDENCE_SECONDS)
+    at = datetime.now(UTC)
+    if options.save:
+        bundle.write(options.save, provider, offer, at)  # whatever the verdict will be
+    return conclude(provider, at, lambda: verify(options.connect, provider, policy, offer, at).steps, options.json)
+
+
 def _verify(options: argparse.Namespace) -> int:
-    rules = load(options.policy)
-    data = _bare(_read(options.evidence))
+    rules, at = load(options.policy), options.at or datetime.now(UTC)
+    data = _read(options.evidence)
+    if saved := bundle.read(data):
+        if options.certs or options.collateral or options.report_data:
+            raise InvalidArgumentError("a bundle has all with it: leave --certs, --collateral and --report-data out")
+        return conclude(saved[0], at, lambda: judge(*saved, rules, at), options.json)
+    data = _bare(data)
     certificates = tuple(map(_read, options.certs))
     collateral = tuple(map(_read, options.collateral))
-    at = options.at or datetime.now(UTC)
     provider = _provider(data)
-    refusal = None
-    try:
-        steps = _judge(provider, data, certificates, collateral, rules, at, options.report_data)
-    except Refusal as error:
-        refusal, steps = error, error.steps
-    print(_as_json(provider, at, steps, refusal) if options.json else _as_text(provider, steps, refusal))
-    return REFUSED if refusal else ACCEPTED
+
+    def judged() -> tuple[Step, ...]:
+        return _judge_file(provider, data, certificates, collateral, rules, at, options.report_data)
+
+    return conclude(provider, at, judged, options.json, _NO_CLAIMS)
 
 
-def _judge(
+def _judge_file(
     provider: str,
     data: bytes,
     certificates: tuple[bytes, ...],
@@ -104,27 +125,3 @@ def _bare(data: bytes) -> bytes:
         return azure.unwrap(data)
     except ValueError as error:
         raise InvalidArgumentError(f"the evidence cannot be read: {error}") from error
-
-
-def _as_text(provider: str, steps: Iterable[Step], refusal: Refusal | None) -> str:
-    lines = [f"{step.number:>3}  {step.verdict:<11}  {step.field:<22}  {one_line(step.text)}" for step in steps]
-    if provider == SIMULATED:
-        lines.append(
-            "SIMULATED: this evidence proves nothing about any hardware; whoever runs the worker reads prompts"
-        )
-    if refusal:
-        return "\n".join([*lines, f"refused at step {refusal.step.number}, {refusal.step.field}: {refusal.advice}"])
-    left_out = sum(step.verdict != PASSED for step in steps)
-    return "\n".join([*lines, f"accepted; not checked: {left_out} of the steps, and claims, which a file has none of"])
-
-
-def _as_json(provider: str, at: datetime, steps: Iterable[Step], refusal: Refusal | None) -> str:
-    return json.dumps(
-        {
-            "verdict": "refused" if refusal else "accepted",
-            "provider": provider,
-            "at": at.isoformat(),
-            "steps": [vars(step) for step in steps],
-            "advice": refusal.advice if refusal else None,
-        }
-    )

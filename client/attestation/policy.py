@@ -4,20 +4,22 @@
 closed: evidence that no policy file accepts, and provider "none" anywhere but on this machine, are refused.
 
 Provider "none" is an ordinary process (emulation). It proves nothing: accepting it is a statement about where the
-process runs, so `verified` stays False and the client says so after every answer. Provider "simulated" proves no more,
-and `verified` is False for it too: its evidence has the real form, under a root that somebody on this machine made.
+process runs, so `verified` stays False and the client says so after every answer. Frames are sealed for its key too,
+but nobody vouches for that key. Provider "simulated" proves no more, and `verified` is False for it as well: its
+evidence has the real form, under a root that somebody on this machine made.
 """
 
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
-from client.attestation.rules import SIMULATED, TDX, Rules
-from wire import binding
+from client.attestation.checklist import Step
+from client.attestation.rules import SIMULATED, Rules
 from wire.channel import is_local
 from wire.errors import DeniedError, UnauthenticatedError
 
 UNATTESTED = "none"
+HPKE_KEY_BYTES = 32  # X25519
 _SEAL: Final = object()  # only `verify` holds it
 
 
@@ -48,8 +50,9 @@ class VerifiedPeer:
     target: str
     provider: str
     verified: bool  # whether hardware evidence was checked; False for providers "none" and "simulated"
-    hpke_key: bytes = b""  # the evidence is bound to it; empty for provider "none"
-    claims: bytes = b""  # matched with the policy; empty for provider "none"
+    hpke_key: bytes  # 32 bytes; the evidence is bound to it; whose it is nobody knows with provider "none"
+    claims: bytes  # matched with the policy; nobody vouches for them with provider "none"
+    steps: tuple[Step, ...] = ()  # what was checked; nothing with provider "none"
     seal: InitVar[object] = field(kw_only=True)
 
     def __post_init__(self, seal: object) -> None:
@@ -57,54 +60,33 @@ class VerifiedPeer:
             raise TypeError("only client.attestation.policy.verify makes a VerifiedPeer")
 
 
-def verify(
-    target: str, provider: str, policy: Policy, offer: Offer | None = None, at: datetime | None = None
-) -> VerifiedPeer:
+def verify(target: str, provider: str, policy: Policy, offer: Offer, at: datetime | None = None) -> VerifiedPeer:
     """Judge what a peer answered to Attest. `at` is now, if nothing is said.
 
     Raises UnauthenticatedError, and its kind Refusal, with what to do about it; DeniedError for a simulated TEE on
     another machine. Nothing may be sent to the peer then.
     """
+    if len(offer.hpke_key) != HPKE_KEY_BYTES:
+        raise UnauthenticatedError(f"{target} offers no key of {HPKE_KEY_BYTES} bytes to seal for; nothing was sent")
     if policy.rules is None:
-        return _unattested(target, provider, policy, offer)
+        _check_unattested(target, provider, policy)
+        return VerifiedPeer(target, provider, False, offer.hpke_key, offer.claims, seal=_SEAL)
     if provider == SIMULATED and not is_local(target):
         raise DeniedError(f"{target} offers simulated evidence and is not on this machine; nothing was sent")
-    if offer is None:
-        raise UnauthenticatedError(
-            f"{target} gives no evidence (provider {provider[:32]!r}), and the policy file wants it; nothing was sent"
-        )
-    _check_offer(provider, policy.rules, offer, at or datetime.now(UTC))
-    return VerifiedPeer(target, provider, provider != SIMULATED, offer.hpke_key, offer.claims, seal=_SEAL)
+    from client.attestation.judge import judge  # and cryptography, which a chat without evidence does not need
+
+    steps = judge(provider, offer, policy.rules, at or datetime.now(UTC))
+    return VerifiedPeer(target, provider, provider != SIMULATED, offer.hpke_key, offer.claims, steps, seal=_SEAL)
 
 
-def _unattested(target: str, provider: str, policy: Policy, offer: Offer | None) -> VerifiedPeer:
+def _check_unattested(target: str, provider: str, policy: Policy) -> None:
     if provider != UNATTESTED:
         raise UnauthenticatedError(
             f"this client cannot verify evidence of provider {provider[:32]!r} without a policy file; "
-            "nothing was sent: say with one what you accept"
+            "nothing was sent: say with --policy what you accept"
         )
     if not (is_local(target) or policy.allow_unattested):
         raise UnauthenticatedError(
             f"{target} gives no evidence of what it runs and is not on this machine; nothing was sent: connect to a "
-            "loopback address, or pass --insecure-unattested to send your prompts to it in the clear"
+            "loopback address, or pass --insecure-unattested to let whoever answers there read your prompts"
         )
-    if offer is None or len(offer.hpke_key) != 32:
-        raise UnauthenticatedError(f"{target} offers no key to seal anything for; nothing was sent")
-    return VerifiedPeer(target, provider, False, offer.hpke_key, offer.claims, seal=_SEAL)
-
-
-def _check_offer(provider: str, rules: Rules, offer: Offer, at: datetime) -> None:
-    """Evidence first: claims mean nothing before it. Raises Refusal."""
-    from client.attestation.claims import match  # and cryptography below, which a chat without evidence does not need
-    from client.attestation.examine import examine
-    from client.attestation.snp_case import SnpEvidence
-    from client.attestation.tdx import TdxEvidence
-
-    expected = binding.report_data(provider, offer.nonce, offer.hpke_key, offer.claims)
-    evidence = (
-        TdxEvidence(offer.evidence, b"".join(offer.collateral[:1]))
-        if provider == TDX
-        else SnpEvidence(offer.evidence, offer.certificates, offer.collateral)
-    )
-    examine(provider, evidence, rules, at, expected)
-    match(rules.claims, offer.claims, provider)

@@ -65,6 +65,7 @@ def read(text: str, file: str = "policy") -> Rules:
             raise top.error(provider, "has a table but is not in accept: remove one, or add the other")
     rules = Rules(
         accept,
+        top.truth("require_fresh_nonce"),
         _claims(top.table("claims")),
         _snp(top.table(SEV_SNP)) if SEV_SNP in accept else None,
         _tdx(top.table(TDX)) if TDX in accept else None,

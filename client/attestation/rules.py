@@ -80,6 +80,7 @@ class Rules:
     """A policy file. A table is there if, and only if, its provider is accepted."""
 
     accept: frozenset[str]
+    require_fresh_nonce: bool  # False: evidence over a nonce of the worker's own will do
     claims: ClaimRules
     sev_snp: SnpRules | None = None
     tdx: TdxRules | None = None

@@ -1,7 +1,9 @@
-"""A GPU worker and a trusted worker on this machine, as children of this process.
+"""A GPU worker and a trusted worker on this machine, as children of this process; a simulated TEE, if it is wanted.
 
-The workers talk over a Unix socket in a private folder. Start the cluster in the main thread: the kernel ends the
-children when the thread that made them ends, so nothing is left behind even when this process is killed.
+The workers talk over a Unix socket in a private folder. The simulated TEE makes its keys while the model loads;
+the policy file that names them is what a client of this cluster needs. Start the cluster in the main thread: the
+kernel ends the children when the thread that made them ends, so nothing is left behind even when this process is
+killed.
 """
 
 import contextlib
@@ -11,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TextIO
 
+from deploy.local import simulated_policy
 from deploy.local.child import Child, Progress
 from wire.errors import UnavailableError
 
 LISTEN_SECONDS = 120.0  # importing torch from a cold disk takes long
 SERVE_SECONDS = 1800.0  # loading a model: its size and the disk decide
-GPU_WORKER, TRUSTED_WORKER = "GPU worker", "trusted worker"  # roles
+KEYS_SECONDS = 120.0  # finding the primes of two RSA keys: about a second, but nothing bounds it
+GPU_WORKER, TRUSTED_WORKER, SIMULATED_TEE = "GPU worker", "trusted worker", "simulated TEE"  # roles
 ROOT = Path(__file__).resolve().parents[2]  # the children run the packages beside this one
 
 
@@ -33,6 +37,8 @@ class Settings:
     listen: str | None = None  # host:port; None: a Unix socket in the private folder
     gpu_listen: str | None = None  # of the GPU worker; None: a Unix socket in the private folder
     insecure_plaintext: bool = False  # `listen` may be reachable from other machines
+    simulated: bool = False  # evidence comes from a simulated TEE; else there is none
+    policy_file: Path | None = None  # where the policy for it is written; None: into the private folder
     more: tuple[str, ...] = ()  # further words of the trusted worker's command line
 
     @property
@@ -46,12 +52,22 @@ class Settings:
         whole = self.scheme in ("plain", "kv-shield") or (self.scheme == "split" and self.precision == "float32")
         return "all" if whole else "ring"
 
+    @property
+    def insecure(self) -> list[str]:
+        """The --insecure- switches that the trusted worker will claim."""
+        switches = {word.partition("=")[0] for word in self.more if word.startswith("--insecure-")}
+        return sorted(switches | ({"--insecure-plaintext"} if self.insecure_plaintext else set()))
+
 
 class Cluster:
-    """Both workers, ready when the `with` block begins and gone when it ends. `target` is where to connect."""
+    """Both workers, ready when the `with` block begins and gone when it ends.
+
+    `target` is where to connect. `policy` is the policy file under which to do so; None without a simulated TEE.
+    """
 
     def __init__(self, settings: Settings, progress: Progress, log: TextIO | None = None) -> None:
         self.target = ""
+        self.policy: Path | None = None
         self._offload = ""  # where the GPU worker listens
         self._settings = settings
         self._progress = progress
@@ -83,7 +99,7 @@ class Cluster:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The workers' processes by role: TRUSTED_WORKER, and GPU_WORKER where there is one."""
+        """Processes by role: TRUSTED_WORKER, and GPU_WORKER and SIMULATED_TEE where there is one."""
         return {child.name: child.pid for child in self._children}
 
     def restart_gpu_worker(self) -> None:
@@ -96,13 +112,32 @@ class Cluster:
         self._start_gpu_worker(self._offload)
 
     def _start(self) -> None:
-        folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cleave-"))  # mode 0700
+        folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cleave-")))  # mode 0700
+        policy = self._settings.policy_file or folder / "policy.toml"
+        tee = self._start_simulated_tee(folder / "tsm", policy) if self._settings.simulated else None
         if self._settings.offloads:
             self._offload = self._start_gpu_worker(self._settings.gpu_listen or f"unix:{folder}/gpu.sock")
         listen = self._settings.listen or f"unix:{folder}/trusted.sock"
-        trusted = self._spawn(TRUSTED_WORKER, self._trusted_worker(listen, self._offload))
+        argv = self._trusted_worker(listen, self._offload)
+        if tee:
+            tee.await_line("listening", LISTEN_SECONDS, "starting the simulated TEE", self._tick)
+            argv += ["--evidence", "tsm", "--tsm-dir", str(folder / "tsm")]
+        trusted = self._spawn(TRUSTED_WORKER, argv)
         self.target = trusted.await_line("listening on", LISTEN_SECONDS, "starting the trusted worker", self._tick)
         trusted.await_line("serving", SERVE_SECONDS, "loading the model", self._tick)
+        self.policy = self._write_policy(tee, policy) if tee else None
+
+    def _start_simulated_tee(self, folder: Path, policy: Path) -> Child:
+        simulated_policy.check(policy)  # before anything takes long
+        folder.mkdir(0o700)
+        return self._spawn(SIMULATED_TEE, ["-m", "deploy.local.simulated_tee", "--folder", str(folder)])
+
+    def _write_policy(self, tee: Child, path: Path) -> Path:
+        ready = tee.await_line("ready", KEYS_SECONDS, "making the keys of the simulated TEE", self._tick)
+        root, measurement = ready.split()
+        policy = simulated_policy.text(root, measurement, self._settings.scheme, self._settings.insecure)
+        simulated_policy.write(path, policy)
+        return path.absolute()
 
     def _start_gpu_worker(self, listen: str) -> str:
         gpu = self._spawn(GPU_WORKER, self._gpu_worker(listen))

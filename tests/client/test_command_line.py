@@ -1,14 +1,18 @@
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from client import flags
+from client import flags, talk
 from client.__main__ import main
 from client.tokenizer import Tokenizer
+from deploy.local import simulated_policy
+from deploy.local.cluster import Settings
 from tests.client.fake_worker import EOS, FakeWorker, Script
 
 Serve = Callable[[Script], FakeWorker]
@@ -145,6 +149,9 @@ def test_known_errors_are_one_line(serve: Serve, folder: Path, capsys: Output, f
         (["--connect", "127.0.0.1:1", "--insecure-unchecked-tiles"], "belongs to `cleave up`"),
         (["--tee-profile", "enclave"], "'optee', 'optee-rpi3', 'qsee', 'trustzone', 'sgx1', 'cvm'"),
         (["--scheme", "magic"], "invalid choice"),
+        (["--policy", "policy.toml"], "--policy needs --connect"),
+        (["--connect", "h:1", "--policy", "p", "--insecure-unattested"], "leave one out"),
+        (["--connect", "h:1", "--policy-file", "p"], "unrecognized arguments: --policy-file"),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_two(capsys: Output, flags: list[str], says: str) -> None:
@@ -176,6 +183,80 @@ def test_what_the_trusted_worker_reads_is_passed_on(command: str) -> None:
     assert options.more == more
     assert options.memory_budget is None
     assert flags.parse([command]).more == ()
+
+
+class StandIn:
+    """A cluster that only says what it was started with."""
+
+    target = "127.0.0.1:7750"
+    started: ClassVar[list[Settings]] = []
+
+    def __init__(self, settings: Settings, *_: object, log: object = None) -> None:
+        self.started.append(settings)
+        self.policy = Path("/run/a folder/policy.toml") if settings.simulated else None
+
+    def __enter__(self) -> "StandIn":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+def test_up_prints_the_chat_s_command_line_with_its_policy(
+    folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.up.Cluster", StandIn)
+    assert main(["up", "--model", str(folder), "--scheme", "split", "--policy-file", "mine.toml"]) == 0
+    captured = capsys.readouterr()
+    words = shlex.split(captured.out.splitlines()[-1].removeprefix("talk to it with: cleave "))
+    options = flags.parse(words)
+    assert (options.connect, options.scheme, options.model) == (StandIn.target, "split", folder)
+    assert options.policy == Path("/run/a folder/policy.toml")
+    assert "SIMULATED TEE: whoever runs this machine can read the conversation" in captured.err
+    assert "\x1b" not in captured.err
+    settings = StandIn.started.pop()
+    assert (settings.simulated, settings.policy_file) == (True, Path("mine.toml"))
+
+
+def test_what_other_machines_reach_has_no_evidence_to_offer(
+    folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.up.Cluster", StandIn)
+    public = ["up", "--model", str(folder), "--listen", "0.0.0.0:7750", "--insecure-plaintext"]
+    assert main(public) == 0
+    captured = capsys.readouterr()
+    assert not StandIn.started.pop().simulated
+    assert "--policy" not in captured.out
+    assert "SIMULATED" not in captured.err
+    assert main([*public, "--policy-file", "mine.toml"]) == 1
+    assert "--policy-file has no use" in capsys.readouterr().err
+    assert not StandIn.started
+
+
+def test_a_chat_s_own_cluster_is_simulated() -> None:
+    assert talk.settings(flags.parse(["chat"])).simulated
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "cannot be read"), ("version = 2\n", "line 1: version")])
+def test_a_policy_that_makes_no_sense_stops_a_chat(
+    serve: Serve, folder: Path, capsys: Output, text: str | None, says: str
+) -> None:
+    worker = serve(Script())
+    if text:
+        (folder / "policy.toml").write_text(text)
+    assert chat(worker, folder, "--prompt", "secret", "--policy", str(folder / "policy.toml")) == 1
+    assert says in capsys.readouterr().err
+    assert not worker.nonces
+
+
+def test_a_policy_file_wants_evidence(serve: Serve, folder: Path, capsys: Output) -> None:
+    worker = serve(Script())
+    policy = simulated_policy.text("ab" * 32, "cd" * 48, "secure-infer", [])
+    (folder / "policy.toml").write_text(policy)
+    assert chat(worker, folder, "--prompt", "secret", "--policy", str(folder / "policy.toml")) == 1
+    assert "none evidence refused at step 0, provider: the policy accepts simulated" in capsys.readouterr().err
+    assert (len(worker.nonces), worker.opened) == (1, [])
 
 
 def test_up_does_not_listen_for_others(folder: Path, capsys: Output) -> None:

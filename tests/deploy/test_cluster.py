@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace as replace_settings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from client.attestation import policy_file
 from deploy.local import child, cluster
 from deploy.local.cluster import Cluster, Settings
-from wire.errors import DeadlineError, UnavailableError
+from wire.errors import DeadlineError, InvalidArgumentError, UnavailableError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0
@@ -29,14 +31,27 @@ print("serving", flush=True)
 signal.pause()
 """
 
+TEE = f"""
+import os, signal, sys
+folder = sys.argv[sys.argv.index("--folder") + 1]
+assert os.stat(folder).st_mode & 0o777 == 0o700 and not os.listdir(folder)
+print("listening", flush=True)
+print("ready", "{"ab" * 32}", "{"cd" * 48}", flush=True)
+signal.pause()
+"""
+
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of two fake workers."""
+    """A repository of two fake workers, and a simulated TEE that needs no time for its keys."""
     for name in ("gpu_worker", "trusted_worker"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
         replace(tmp_path, name, WORKER)
+    (tmp_path / "deploy" / "local").mkdir(parents=True)
+    for package in ("deploy", "deploy/local"):
+        (tmp_path / package / "__init__.py").touch()
+    replace_tee(tmp_path, TEE)
     monkeypatch.setattr(cluster, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     return tmp_path
@@ -44,6 +59,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def replace(repository: Path, name: str, program: str) -> None:
     (repository / name / "__main__.py").write_text(program)
+
+
+def replace_tee(repository: Path, program: str) -> None:
+    (repository / "deploy" / "local" / "simulated_tee.py").write_text(program)
 
 
 class Recorder:
@@ -120,6 +139,88 @@ def test_the_budget_is_a_number_or_left_to_a_profile(
         line = Path(f"/proc/{running.pids[cluster.TRUSTED_WORKER]}/cmdline").read_text().replace("\0", " ")
     assert said in line
     assert line.count("--memory-budget") + line.count("--tee-profile") == 1
+
+
+def simulated(**changes: Any) -> Settings:
+    return replace_settings(settings(), simulated=True, **changes)
+
+
+def test_a_simulated_tee_starts_first_and_its_policy_is_written(repository: Path) -> None:
+    progress = Recorder()
+    with Cluster(simulated(), progress) as running:
+        assert list(running.pids) == [cluster.SIMULATED_TEE, cluster.GPU_WORKER, cluster.TRUSTED_WORKER]
+        assert running.policy is not None
+        folder = running.policy.parent
+        assert folder == Path(running.target.removeprefix("unix:")).parent
+        assert running.policy.stat().st_mode & 0o777 == 0o600
+        rules = policy_file.load(running.policy)
+        line = Path(f"/proc/{running.pids[cluster.TRUSTED_WORKER]}/cmdline").read_text().replace("\0", " ")
+        processes = list(running.pids.values())
+    assert rules.simulated is not None
+    assert rules.simulated.dev_root_sha256 == "ab" * 32
+    assert rules.simulated.measurements.values == {"cd" * 48}
+    assert rules.claims.schemes == {"secure-infer"}
+    assert not rules.claims.insecure
+    assert f"--evidence tsm --tsm-dir {folder}/tsm" in line
+    assert progress.stages == [
+        "starting the GPU worker", "starting the simulated TEE", "starting the trusted worker", "loading the model",
+        "making the keys of the simulated TEE",
+    ]  # fmt: skip
+    assert not folder.exists()
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_without_one_there_is_neither_policy_nor_evidence(repository: Path) -> None:
+    with Cluster(settings(), Recorder()) as running:
+        assert running.policy is None
+        line = Path(f"/proc/{running.pids[cluster.TRUSTED_WORKER]}/cmdline").read_text()
+    assert "--evidence" not in line
+
+
+def test_the_policy_names_the_switches_that_the_worker_will_claim(repository: Path) -> None:
+    more = ("--insecure-unchecked-tiles", "--insecure-clear-adapter", "a=b", "--insecure-clear-adapter=c=d")
+    with Cluster(simulated(insecure_plaintext=True, more=more), Recorder()) as running:
+        assert running.policy is not None
+        insecure = policy_file.load(running.policy).claims.insecure
+    assert insecure == {"--insecure-plaintext", "--insecure-unchecked-tiles", "--insecure-clear-adapter"}
+
+
+def test_the_policy_goes_where_it_is_wanted_and_stays(repository: Path) -> None:
+    path = repository / "mine.toml"
+    with Cluster(simulated(policy_file=path), Recorder()) as running:
+        assert running.policy == path
+    assert policy_file.load(path).accept == {"simulated"}
+
+
+def test_a_policy_of_somebody_else_stops_the_start(repository: Path) -> None:
+    (repository / "mine.toml").write_text("version = 1\n")
+    progress = Recorder()
+    for name, reason in (("mine.toml", "name another place"), ("absent/mine.toml", "no such folder")):
+        with pytest.raises(InvalidArgumentError, match=reason):
+            Cluster(simulated(policy_file=repository / name), progress).__enter__()
+    assert not progress.stages
+
+
+def test_the_death_of_the_simulated_tee_is_reported(repository: Path) -> None:
+    with Cluster(simulated(), Recorder()) as running:
+        os.kill(running.pids[cluster.SIMULATED_TEE], signal.SIGKILL)
+        with pytest.raises(UnavailableError, match="simulated TEE stopped"):
+            running.wait()
+    replace_tee(repository, "import sys\nsys.exit('no keys today')\n")
+    with pytest.raises(UnavailableError, match=r"simulated TEE stopped.*no keys today"):
+        Cluster(simulated(), Recorder()).__enter__()
+
+
+def test_a_gpu_worker_can_be_started_again_beside_one(repository: Path) -> None:
+    with Cluster(simulated(), Recorder()) as running:
+        before = running.pids
+        running.restart_gpu_worker()
+        after = running.pids
+        running.check()
+    assert before[cluster.GPU_WORKER] != after[cluster.GPU_WORKER]
+    assert before[cluster.SIMULATED_TEE] == after[cluster.SIMULATED_TEE]
 
 
 def test_tee_only_has_one_process(repository: Path) -> None:

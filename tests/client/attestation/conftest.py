@@ -1,11 +1,13 @@
-"""The development PKI, once a session; the genuine evidence, where there is some."""
+"""The development PKI and the simulated TEE, once a session; the genuine evidence, where there is some."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.client.attestation.dev_pki import Pki
+from tests.client.attestation.simulator import Simulator
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -13,6 +15,14 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="session")
 def pki() -> Pki:
     return Pki()
+
+
+@pytest.fixture(scope="session")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    """The process, which makes RSA keys: once is enough."""
+    running = Simulator(tmp_path_factory.mktemp("simulator") / "tsm")
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="session")

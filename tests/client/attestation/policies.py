@@ -65,7 +65,9 @@ def policy(*accept: str) -> str:
     """A whole file for some providers."""
     tables = {"sev-snp": SNP, "tdx": TDX, "simulated": SIMULATED}
     names = ", ".join(f'"{one}"' for one in accept)
-    return f"version = 1\naccept = [{names}]\n{CLAIMS}{''.join(tables[one] for one in accept)}"
+    return (
+        f"version = 1\naccept = [{names}]\nrequire_fresh_nonce = true\n{CLAIMS}{''.join(tables[one] for one in accept)}"
+    )
 
 
 ALL = policy("sev-snp", "tdx", "simulated")

@@ -34,6 +34,8 @@ def test_a_good_file_is_read() -> None:
     assert (rules.sev_snp.min_abi, rules.sev_snp.host_data.unchecked) == ((1, 49), True)
     assert rules.tdx.rtmrs[2].permits(MEASUREMENT.hex())
     assert rules.claims.schemes == {"secure-infer", "tee-only"}
+    assert rules.require_fresh_nonce
+    assert not read(ALL.replace("nonce = true", "nonce = false")).require_fresh_nonce
 
 
 def test_the_documented_file_is_read_and_names_every_field() -> None:
@@ -77,6 +79,7 @@ def test_an_empty_list_refuses(line: str) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [
+        ("nonce = true", "nonce = 1", "require_fresh_nonce must be true or false"),
         ("version = 1", "version = 2", "version must be a whole number from 1 to 1"),
         ("version = 1", "version = true", "version must be a whole number"),
         ('"tdx", ', '"none", ', "accept has an entry 'none'"),
@@ -123,7 +126,7 @@ def test_the_line_is_that_of_the_field() -> None:
 
 def test_a_table_of_another_kind_is_refused() -> None:
     with pytest.raises(PolicyError, match="must be a table"):
-        read('version = 1\naccept = ["tdx"]\nclaims = 1')
+        read('version = 1\naccept = ["tdx"]\nrequire_fresh_nonce = true\nclaims = 1')
 
 
 def test_files(tmp_path: Path) -> None:
