@@ -58,6 +58,7 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         self.closed = threading.Event()
         self.most_outstanding = 0
         self.tokens = 0
+        self.error: Any = None  # what the client said of it; set by tests
         self.receiver = Receiver()
         self.sealed: list[pb.Sealed] = []  # every frame of every client, as it came
         self._secret = b""

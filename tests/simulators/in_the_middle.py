@@ -65,7 +65,11 @@ class InTheMiddle(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     def Decode(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> Iterator[pb.Sealed]:
         call = self.stub.Decode(self._frames("Decode", request_iterator), timeout=SECONDS)
-        context.add_callback(lambda: call.cancel() and None)
+
+        def leave() -> None:
+            call.cancel()
+
+        context.add_callback(leave)
         try:
             yield from self._answers("Decode", call)
         except grpc.RpcError as error:
