@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import cast
 
+from trusted_worker.adapters import Adapters
 from trusted_worker.config import Settings
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.offload import GpuWorker
@@ -43,6 +44,7 @@ class Assembled:
     scheme: Scheme
     scratch: Scratch  # of a step: samplers work in it too
     rows: int  # that one step may have
+    adapters: Adapters
     embedding: str = ""  # where embeddings come from: see StatsResponse
     weights_resident: bool = False
 
@@ -63,7 +65,9 @@ def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, work
         )
     if settings.scheme == "plain":
         scratch = Scratch(memory, sampling_bytes(config.vocabulary))
-        return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS)
+        return Assembled(
+            Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS, _no_adapters(settings, config, memory)
+        )
     return _inside(settings, config, memory, worker)
 
 
@@ -72,7 +76,8 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     int8, boot_key = settings.precision == "int8", secrets.token_bytes(32)
     stock = settings.pad_bank // row_bytes([*all_specs(config), lookup_spec(config)])
     client_embeds = settings.embed == "client"
-    demand = Demand(config, settings.scheme, settings.precision, _kv_type(settings), stock, client_embeds)
+    kv_type, set_aside = _kv_type(settings), settings.adapter_memory
+    demand = Demand(config, settings.scheme, settings.precision, kv_type, stock, client_embeds, set_aside)
     division = plan(demand, memory.budget)
     log.info("memory plan: %s", division.parts)
     checkpoint, opener, store = _checkpoint(settings, config), Opener(), PageStore(boot_key, settings.spill_dir)
@@ -98,7 +103,10 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     else:
         built = Split(weights, pages, scratch, head_rows, worker)
     embedding = "lookup" if demand.looks_up(division.layout) else division.layout.embed
-    return Assembled(built, scratch, division.rows, embedding, division.layout.linears == "resident")
+    adapters = Adapters(config, memory, division.parts["adapters"])
+    for text in settings.insecure_clear_adapter:
+        adapters.load(text)
+    return Assembled(built, scratch, division.rows, adapters, embedding, division.layout.linears == "resident")
 
 
 def _pads(
@@ -130,7 +138,14 @@ def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, wo
     pages = PageStore(secrets.token_bytes(32), settings.spill_dir)
     scheme = KvShield(_checkpoint(settings, config), config, memory, scratch, worker, pages, options)
     worker.greet = scheme.provision
-    return Assembled(scheme, scratch, rows)
+    return Assembled(scheme, scratch, rows, _no_adapters(settings, config, memory))
+
+
+def _no_adapters(settings: Settings, config: ModelConfig, memory: SecureMemory) -> Adapters:
+    refusal = f"the scheme {settings.scheme} cannot apply adapters: its products run on the GPU worker as a whole"
+    if settings.adapter_memory or settings.insecure_clear_adapter:
+        raise PreconditionError(refusal)
+    return Adapters(config, memory, 0, refusal)
 
 
 def _kv_type(settings: Settings) -> KvType:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trusted_worker import arithmetic
+from trusted_worker.adapters import Adapter
 from trusted_worker.arithmetic import F32, I32
 from trusted_worker.attention import attend
 from trusted_worker.cache import Cache
@@ -35,6 +36,7 @@ class Run:
     start: int
     stop: int
     position: int
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Batch:
     def positions(self) -> I32:
         """The position of every row."""
         return np.concatenate([run.position + np.arange(run.stop - run.start, dtype=np.int32) for run in self.runs])
+
+    @property
+    def adapted(self) -> dict[int, tuple[Adapter, Cache]]:
+        """Rows whose sequence has an adapter."""
+        return {row: (run.adapter, run.cache) for run in self.runs if run.adapter for row in range(run.start, run.stop)}
 
 
 class HeadTransform:

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from trusted_worker import arithmetic
+from trusted_worker.adapters import Adapter
 from trusted_worker.arithmetic import F32, F64, I32, exact_product
 from trusted_worker.cache import Cache
 from trusted_worker.kv_cache import KVCache, PagePool
@@ -12,6 +13,7 @@ from trusted_worker.model import Accept, Batch, Decoder
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire import codec
+from wire.errors import InvalidArgumentError
 from wire.linears import LinearSpec
 from wire.v1 import gpu_worker_pb2 as pb
 
@@ -73,6 +75,7 @@ class InsideDecoder:
     def __init__(self, weights: Weights, pages: PagePool, scratch: Scratch, head_rows: int) -> None:
         self._weights, self._pages, self._scratch = weights, pages, scratch
         self._decoder = Decoder(weights, scratch, head_rows)
+        self._adapted: dict[int, tuple[Adapter, Cache]] = {}  # rows of the batch
 
     def embed(self, batch: Batch, out: F32) -> None:
         """Embeddings of the batch's tokens. See model.Embed."""
@@ -96,7 +99,19 @@ class InsideDecoder:
                 self.floats(spec, x, y)
                 if bias is not None:
                     y += bias
+        if self._adapted:
+            self._adapt(spec, x, y, rows)
         return y
+
+    def _adapt(self, spec: LinearSpec, x: F32, y: F32, rows: I32) -> None:
+        """Step 6, its last addend: row by row, for a row's bits must not depend on the batch."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for row, one, result in zip(rows.tolist(), x, y, strict=True):
+                adapter, cache = self._adapted.get(row, (None, None))
+                low = adapter.linears.get(spec) if adapter else None
+                if low and cache and not low.add(one, result, self._scratch):
+                    cache.failed = True  # this sequence ends, and the others try again
+                    raise InvalidArgumentError("the adapter's results are out of bounds; the session is closed")
 
     def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
         """x_q . W_q^T modulo 2^32: int32[m, k] of these rows of the batch into y_q int32[m, n]."""
@@ -120,6 +135,7 @@ class InsideDecoder:
 
     def forward(self, batch: Batch, accept: Accept) -> None:
         """See Scheme."""
+        self._adapted = batch.adapted
         self._decoder.forward(batch, self.embed, self.product, accept)
 
     def idle(self) -> bool:
