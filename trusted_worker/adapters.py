@@ -150,10 +150,10 @@ class Adapters:
         self.free(file)
         self._kept[adapter.name] = adapter
 
-    def free(self, *blocks: Block) -> None:
+    def free(self, *given: Block) -> None:
         """An upload gives back its file, and everything if it failed."""
         self._incoming -= 1
-        self._give_back(*blocks)
+        self._give_back(*given)
 
     def counters(self) -> dict[str, int]:
         """Fields of StatsResponse."""
@@ -177,8 +177,8 @@ class Adapters:
             if one:
                 self._give_back(self._kept.pop(one.name).block)
         raise ExhaustedError(
-            f"the adapter needs {needed} bytes until its file is read; of {self._capacity} that are set aside for "
-            f"adapters {free} are free"
+            f"the adapter needs {needed} bytes until its file is read: of {self._capacity} that are set aside, {free} "
+            f"are free, and at most {MAX_ADAPTERS} adapters are kept"
         )
 
     def _allocate(self, lora: LoraConfig, size: int) -> tuple[Adapter, Block]:
@@ -191,8 +191,8 @@ class Adapters:
         self._used += matrices.size + file.size
         return Adapter(lora, matrices), file
 
-    def _give_back(self, *blocks: Block) -> None:
-        for block in blocks:
+    def _give_back(self, *given: Block) -> None:
+        for block in given:
             self._used -= block.size
             block.free()
 

@@ -65,9 +65,8 @@ def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, work
         )
     if settings.scheme == "plain":
         scratch = Scratch(memory, sampling_bytes(config.vocabulary))
-        return Assembled(
-            Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS, _no_adapters(settings, config, memory)
-        )
+        adapters = _no_adapters(settings, config, memory)
+        return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS, adapters)
     return _inside(settings, config, memory, worker)
 
 
@@ -106,6 +105,8 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     adapters = Adapters(config, memory, division.parts["adapters"])
     for text in settings.insecure_clear_adapter:
         adapters.load(text)
+    if settings.insecure_clear_adapter:
+        log.warning("%d adapters lie on this disk in the clear", len(settings.insecure_clear_adapter))
     return Assembled(built, scratch, division.rows, adapters, embedding, division.layout.linears == "resident")
 
 

@@ -92,7 +92,7 @@ def read_config(raw: bytes, config: ModelConfig) -> LoraConfig:
     if not isinstance(fields, dict):
         raise InvalidArgumentError(f"{CONFIG} is not a JSON object")
     _check_fields(fields, config)
-    rank, alpha, rslora = fields.get("r"), fields.get("lora_alpha"), fields.get("use_rslora", False)
+    rank, alpha, rslora = fields.get("r", 0), fields.get("lora_alpha", 0), fields.get("use_rslora", False)
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise InvalidArgumentError(f"{CONFIG}: r must be an integer from 1 to {MAX_RANK}")
     if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
