@@ -120,7 +120,7 @@ def _pads(
 
 
 def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
-    kv_type = _kv_type(settings)
+    kv_type, adapters = _kv_type(settings), _no_adapters(settings, config, memory)
     log.warning(
         "kv-shield does not protect the conversation from the GPU worker, which sees every activation: it hides "
         "the KV cache from somebody who reads nothing but the cache and does not know the model"
@@ -139,7 +139,7 @@ def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, wo
     pages = PageStore(secrets.token_bytes(32), settings.spill_dir)
     scheme = KvShield(_checkpoint(settings, config), config, memory, scratch, worker, pages, options)
     worker.greet = scheme.provision
-    return Assembled(scheme, scratch, rows, _no_adapters(settings, config, memory))
+    return Assembled(scheme, scratch, rows, adapters)
 
 
 def _no_adapters(settings: Settings, config: ModelConfig, memory: SecureMemory) -> Adapters:
