@@ -15,13 +15,21 @@ import numpy.typing as npt
 
 from tests.model_folders import reference_folder, reference_model
 from trusted_worker.adapters import Adapter, Adapters
-from trusted_worker.lora import CONFIG, WEIGHTS
+from trusted_worker.lora import CONFIG, WEIGHTS, LoraConfig
 
 Tensors = dict[str, npt.NDArray[Any]]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 _GPT2 = ("c_attn", "c_proj", "c_fc")
 _GLM = {"gate_up_proj": "mlp.dense_h_to_4h", "down_proj": "mlp.dense_4h_to_h", "o_proj": "self_attention.dense"}
+
+PLAIN = {  # a configuration that is taken
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj", "v_proj"],
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,16 @@ def write(folder: Path, config: Any, tensors: Tensors) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config))
     save_file({name: np.ascontiguousarray(one) for name, one in tensors.items()}, folder / WEIGHTS)
+
+
+def tensors_of(found: LoraConfig, seed: int = 0) -> Tensors:
+    """Random A and B of every module, as peft names them."""
+    random, tensors = np.random.default_rng(seed), Tensors()
+    for module in found.modules:
+        start = f"base_model.model.{module.name}.lora_"
+        tensors[f"{start}A.weight"] = random.normal(size=(found.rank, module.of.k)).astype(np.float32)
+        tensors[f"{start}B.weight"] = random.normal(size=(module.stop - module.start, found.rank)).astype(np.float32)
+    return tensors
 
 
 def upload(adapters: Adapters | None, folder: Path, piece: int = 1000) -> Adapter:

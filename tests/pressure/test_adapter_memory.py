@@ -3,6 +3,7 @@
 The service is real, with its compute thread, and without sockets.
 """
 
+import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.adapter_folders import ATTENTION, Case, everything, make, read, upload, write
+from client.shapes import SHAPES
+from evaluation.shapes import make as write_model
+from tests.adapter_folders import ATTENTION, PLAIN, Case, everything, make, read, tensors_of, upload, write
 from tests.conftest import build, one_run
 from tests.pressure.inside import Client, Inside, inside
 from trusted_worker.assembly import assemble
@@ -76,6 +79,22 @@ def test_the_smallest_budget_holds_one_adapter_of_the_largest_rank_and_one_sessi
         upload(rig.adapters, adapted)
 
 
+@pytest.mark.parametrize(("scheme", "precision"), SCHEMES)
+def test_the_scratch_of_a_wide_linear_is_planned(tmp_path: Path, scheme: str, precision: str) -> None:
+    """Where nothing else of a step is as large as what an adapter adds to one row."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    raw = SHAPES["tinyllama-1.1b"] | sizes | {"intermediate_size": 16384, "vocab_size": 64}
+    config = ModelConfig.from_dict("wide", raw, {})
+    write_model(tmp_path / "wide", raw, config, lambda *_: None)
+    fields = PLAIN | {"r": 1, "target_modules": "all-linear"}
+    tensors = tensors_of(read_config(json.dumps(fields).encode(), config))
+    write(tmp_path / "adapter", fields, {name: one * np.float32(0.01) for name, one in tensors.items()})
+    demand = Demand(config, scheme, precision, KvType.FLOAT32, 4, adapters=1 << 20)
+    words = ("--adapter-memory", "1MiB")
+    rig = build(tmp_path / "wide", scheme, precision, budget=smallest(demand), bank_rows=4, flags=words)
+    rig.logits([1, 2], None, upload(rig.adapters, tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize("scheme", ["plain", "kv-shield"])
 def test_schemes_that_cannot_apply_an_adapter_take_no_memory_for_one(model_folder: Folder, scheme: str) -> None:
     folder = model_folder("llama")
@@ -116,6 +135,12 @@ def flags(folders: dict[str, Path], *names: str) -> list[str]:
     return [*words, *(word for name in names for word in ("--insecure-clear-adapter", f"{name}={folders[name]}"))]
 
 
+def begin(clients: list[Client]) -> None:
+    """All of them before the next step."""
+    for client in clients:
+        client.feed(PROMPT, 12)
+
+
 def open_with(one: Inside, name: bytes) -> Client:
     """A session with an adapter. Raises CleaveError."""
     one.request.adapter = name
@@ -135,7 +160,7 @@ def test_sessions_choose_their_adapters_and_share_steps(model_folder: Folder, fo
             client.close()
         assert len({tuple(said) for said in alone}) == 3
         clients = [open_with(one, name) for name in (*names, *names)]
-        one.do(lambda: [client.feed(PROMPT, 12) for client in clients])
+        one.do(lambda: begin(clients))
         assert [client.hear(12) for client in clients] == alone * 2
         stats = one.stats()
         assert (stats.adapters, stats.adapter_capacity) == (2, 1 << 20)
@@ -157,7 +182,7 @@ def test_an_absurd_adapter_ends_its_own_sessions_and_no_other(model_folder: Fold
     with inside(model_folder("llama"), "secure-infer", *flags(folders, "good", "absurd")) as one:
         expected = [open_with(one, name).say(PROMPT, 12) for name in (b"", b"good")]
         clients = [open_with(one, name) for name in (b"absurd", b"", b"absurd", b"good")]
-        one.do(lambda: [client.feed(PROMPT, 12) for client in clients])
+        one.do(lambda: begin(clients))
         for client in (clients[0], clients[2]):
             with pytest.raises(InvalidArgumentError, match="adapter's results are out of bounds"):
                 client.hear(12)

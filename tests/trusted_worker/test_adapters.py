@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.adapter_folders import Tensors, write
-from tests.trusted_worker.test_lora import CONFIG, WANTED, read_raw, tensors_of
+from tests.adapter_folders import PLAIN, Tensors, tensors_of, write
+from tests.trusted_worker.fakes import CONFIG
 from trusted_worker import lora
 from trusted_worker.adapters import MAX_ADAPTERS, MAX_HEADER_BYTES, Adapter, Adapters
 from trusted_worker.secure_memory import SecureMemory
 from wire.errors import ExhaustedError, InvalidArgumentError, PreconditionError
 from wire.layout import WORD, blocks
 
-LORA = read_raw(WANTED)
-RAW = json.dumps(WANTED).encode()
+RAW = json.dumps(PLAIN).encode()
+LORA = lora.read_config(RAW, CONFIG)
 BUDGET = 1 << 16
 
 
@@ -41,7 +41,7 @@ class Rig:
 
 @pytest.fixture
 def file(tmp_path: Path) -> bytes:
-    write(tmp_path / "one", WANTED, tensors_of(LORA))
+    write(tmp_path / "one", PLAIN, tensors_of(LORA))
     return (tmp_path / "one" / lora.WEIGHTS).read_bytes()
 
 
@@ -263,7 +263,7 @@ def test_a_worker_without_memory_for_adapters_says_how_to_get_it(memory: SecureM
 
 def test_a_configuration_is_refused_before_memory_is_taken(rig: Rig) -> None:
     with pytest.raises(InvalidArgumentError, match="use_dora"):
-        rig.adapters.begin(json.dumps(WANTED | {"use_dora": True}).encode(), len(rig.file))
+        rig.adapters.begin(json.dumps(PLAIN | {"use_dora": True}).encode(), len(rig.file))
     assert rig.memory.used == 0
 
 
@@ -295,6 +295,6 @@ def test_an_operator_s_folder_that_is_none_is_named(rig: Rig, tmp_path: Path, mi
 def test_an_operator_s_adapter_that_is_refused_says_why(rig: Rig, tmp_path: Path) -> None:
     tensors: Tensors = tensors_of(LORA)
     tensors.popitem()
-    write(tmp_path / "one", WANTED, tensors)
+    write(tmp_path / "one", PLAIN, tensors)
     with pytest.raises(InvalidArgumentError, match="is missing"):
         rig.adapters.load(f"legal={tmp_path / 'one'}")

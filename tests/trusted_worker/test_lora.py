@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.adapter_folders import Tensors, read, write
+from tests.adapter_folders import PLAIN, Tensors, read, tensors_of, write
 from trusted_worker.arithmetic import F32
 from trusted_worker.lora import (
     MAX_CONFIG_BYTES,
@@ -48,14 +48,7 @@ GPT2 = {
     "activation_function": "gelu_new",
 }
 CONFIG = ModelConfig.from_dict("tiny", LLAMA, {})
-WANTED = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "r": 2,
-    "lora_alpha": 4,
-    "target_modules": ["q_proj", "v_proj"],
-}
-SAVED = {  # what peft 0.21 writes beside it
+SAVED: dict[str, Any] = {  # what peft 0.21 writes beside it
     "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None, "base_model_name_or_path": "a/model",
     "bias": "none", "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
     "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None, "loftq_config": {},
@@ -74,7 +67,7 @@ def names(found: LoraConfig) -> list[str]:
 
 
 def test_what_peft_saves_is_taken() -> None:
-    found = read_raw(WANTED | SAVED)
+    found = read_raw(PLAIN | SAVED)
     assert (found.rank, found.scale) == (2, 2.0)
     assert names(found) == [f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qv"]
     q, v = found.modules[:2]
@@ -83,40 +76,40 @@ def test_what_peft_saves_is_taken() -> None:
 
 
 def test_a_missing_field_has_its_usual_value() -> None:
-    assert read_raw(WANTED) == read_raw(WANTED | SAVED)
-    del (fields := dict(WANTED))["task_type"]
-    assert read_raw(fields) == read_raw(WANTED)
+    assert read_raw(PLAIN) == read_raw(PLAIN | SAVED)
+    del (fields := dict(PLAIN))["task_type"]
+    assert read_raw(fields) == read_raw(PLAIN)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 0.5), (True, 2.0)])
 def test_the_scale_is_alpha_over_the_rank_or_its_root(rslora: bool, scale: float) -> None:
-    assert read_raw(WANTED | {"r": 16, "lora_alpha": 8.0, "use_rslora": rslora}).scale == scale
+    assert read_raw(PLAIN | {"r": 16, "lora_alpha": 8.0, "use_rslora": rslora}).scale == scale
 
 
 @pytest.mark.parametrize("value", [True, False, "gaussian"])
 def test_how_an_adapter_began_does_not_matter(value: object) -> None:
-    assert read_raw(WANTED | {"init_lora_weights": value}) == read_raw(WANTED)
+    assert read_raw(PLAIN | {"init_lora_weights": value}) == read_raw(PLAIN)
 
 
 def test_all_linear_is_every_linear_of_the_layers_and_no_other() -> None:
-    found = names(read_raw(WANTED | {"target_modules": "all-linear"}))
+    found = names(read_raw(PLAIN | {"target_modules": "all-linear"}))
     assert len(found) == len(set(found)) == 14
     assert "lm_head" not in found
-    listed = read_raw(WANTED | {"target_modules": found[::-1] + found})
+    listed = read_raw(PLAIN | {"target_modules": found[::-1] + found})
     assert names(listed) == found
 
 
 def test_a_name_is_a_whole_path_or_follows_a_dot() -> None:
     for target, count in (("mlp.up_proj", 2), ("layers.1.mlp.up_proj", 1), ("model.layers.1.mlp.up_proj", 1)):
-        assert len(read_raw(WANTED | {"target_modules": [target]}).modules) == count
+        assert len(read_raw(PLAIN | {"target_modules": [target]}).modules) == count
     for target in ("p_proj", "proj", "mlp", "layers.1", "", ".", "model.layers.2.mlp.up_proj", "*"):
         with pytest.raises(InvalidArgumentError, match="target module"):
-            read_raw(WANTED | {"target_modules": [target]})
+            read_raw(PLAIN | {"target_modules": [target]})
 
 
 def test_fused_modules_are_one_each() -> None:
     config = ModelConfig.from_dict("gpt2", GPT2, {})
-    found = read_raw(WANTED | {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, config)
+    found = read_raw(PLAIN | {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, config)
     assert [(one.of.linear, one.start, one.stop) for one in found.modules[:3]] == [
         (Linear.QKV, 0, 24),
         (Linear.O, 0, 8),
@@ -153,13 +146,13 @@ REFUSED_FIELDS: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("field", "value"), [(key, value) for key, many in REFUSED_FIELDS.items() for value in many])
 def test_what_is_not_plain_lora_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"adapter_config.json: {field} "):
-        read_raw(WANTED | SAVED | {field: value})
+        read_raw(PLAIN | SAVED | {field: value})
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha", "target_modules"])
 def test_what_must_be_said_is_missed_by_name(field: str) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"adapter_config.json: {field} "):
-        read_raw({key: value for key, value in WANTED.items() if key != field})
+        read_raw({key: value for key, value in PLAIN.items() if key != field})
 
 
 @pytest.mark.parametrize(
@@ -167,18 +160,18 @@ def test_what_must_be_said_is_missed_by_name(field: str) -> None:
 )
 def test_patterns_and_other_forms_of_targets_are_refused(targets: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="target_modules must be a list of names"):
-        read_raw(WANTED | {"target_modules": targets})
+        read_raw(PLAIN | {"target_modules": targets})
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "model.embed_tokens", "norm", "input_layernorm", "wte"])
 def test_the_head_and_the_embeddings_are_refused_by_name(target: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"target module {target} is no linear .* cannot be adapted"):
-        read_raw(WANTED | {"target_modules": ["q_proj", target]})
+        read_raw(PLAIN | {"target_modules": ["q_proj", target]})
 
 
 @pytest.mark.parametrize("name", ["a\nb", "x" * 129, "ü", "\ud800", "a b", "\x00"])
 def test_a_name_that_is_unfit_for_a_text_is_not_repeated(name: str) -> None:
-    for fields in (WANTED | {name: True}, WANTED | {"target_modules": [name]}):
+    for fields in (PLAIN | {name: True}, PLAIN | {"target_modules": [name]}):
         with pytest.raises(InvalidArgumentError, match="a name that cannot be shown") as caught:
             read_raw(fields)
         assert name not in str(caught.value)
@@ -204,22 +197,12 @@ def test_what_is_no_configuration_is_refused(raw: bytes, what: str) -> None:
 
 def test_many_targets_cost_little() -> None:
     targets = ["q_proj"] * 20_000
-    assert len(names(read_raw(WANTED | {"target_modules": targets}))) == 2
-
-
-def tensors_of(found: LoraConfig, seed: int = 0) -> Tensors:
-    """A and B of every module, as peft names them."""
-    random, tensors = np.random.default_rng(seed), Tensors()
-    for module in found.modules:
-        start = f"base_model.model.{module.name}.lora_"
-        tensors[f"{start}A.weight"] = random.normal(size=(found.rank, module.of.k)).astype(np.float32)
-        tensors[f"{start}B.weight"] = random.normal(size=(module.stop - module.start, found.rank)).astype(np.float32)
-    return tensors
+    assert len(names(read_raw(PLAIN | {"target_modules": targets}))) == 2
 
 
 def filled(folder: Path, found: LoraConfig, tensors: Tensors) -> dict[Any, LowRank]:
     """Through a file. Raises what `fill` raises."""
-    write(folder, WANTED, tensors)
+    write(folder, PLAIN, tensors)
     floats: F32 = np.full(found.floats, np.nan, np.float32)
     placed = place(found, floats)
     fill(placed, found, Checkpoint.of(FileSource(folder / WEIGHTS), WEIGHTS))
@@ -229,7 +212,7 @@ def filled(folder: Path, found: LoraConfig, tensors: Tensors) -> dict[Any, LowRa
 @pytest.mark.parametrize("rank", [1, 2, 5, 256])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_row_gains_what_the_formula_says(tmp_path: Path, rank: int, dtype: type[np.generic]) -> None:
-    found = read_raw(WANTED | {"r": rank, "target_modules": ["k_proj", "v_proj", "gate_proj", "down_proj"]})
+    found = read_raw(PLAIN | {"r": rank, "target_modules": ["k_proj", "v_proj", "gate_proj", "down_proj"]})
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors_of(found).items()}
     placed = filled(tmp_path, found, tensors)
     scratch = Scratch(SecureMemory(1 << 16), 1 << 14)
@@ -315,7 +298,7 @@ REFUSED_TENSORS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("what", REFUSED_TENSORS)
 def test_tensors_that_are_not_those_of_the_configuration_are_refused_by_name(tmp_path: Path, what: str) -> None:
-    found = read_raw(WANTED)
+    found = read_raw(PLAIN)
     tensors = tensors_of(found)
     filled(tmp_path, found, tensors)
     change, text = REFUSED_TENSORS[what]
@@ -329,7 +312,7 @@ def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    found = read_raw(WANTED)
+    found = read_raw(PLAIN)
     tensors = {name: torch.from_numpy(one).bfloat16() for name, one in tensors_of(found).items()}
     save_file(tensors, tmp_path / WEIGHTS)
     placed = place(found, np.empty(found.floats, np.float32))
@@ -342,7 +325,7 @@ def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
 def test_large_matrices_are_read_piece_by_piece(tmp_path: Path) -> None:
     """As much as 32768 elements at a time: more than one piece, and a last one that is smaller."""
     config = ModelConfig.from_dict("wide", LLAMA | {"hidden_size": 4096, "head_dim": 8, "num_hidden_layers": 1}, {})
-    found = read_raw(WANTED | {"r": 11, "target_modules": ["o_proj", "up_proj"]}, config)
+    found = read_raw(PLAIN | {"r": 11, "target_modules": ["o_proj", "up_proj"]}, config)
     tensors = tensors_of(found)
     placed = filled(tmp_path, found, tensors)
     for of, (one,) in found.linears:
@@ -350,4 +333,4 @@ def test_large_matrices_are_read_piece_by_piece(tmp_path: Path) -> None:
         assert np.array_equal(placed[of].a, tensors[f"{start}A.weight"])
         expected = tensors[f"{start}B.weight"] * np.float32(found.scale)
         assert np.array_equal(placed[of].b[0][1].T, expected)
-    assert read(tmp_path)[0] == WANTED
+    assert read(tmp_path)[0] == PLAIN
