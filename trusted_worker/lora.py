@@ -31,7 +31,7 @@ from wire.errors import CheckpointError, InvalidArgumentError
 from wire.linears import Linear, LinearSpec, spec
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, parameters
-from wire.scratch import MAX_RANK
+from wire.scratch import ADAPTED_ROWS, MAX_RANK
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 18
@@ -163,17 +163,21 @@ class LowRank:
         self.a, self.b = a, b
 
     def add(self, x: F32, y: F32, scratch: Scratch) -> bool:
-        """Step 3: x float32[k] times the adapter onto y float32[n]. False, and y is junk, when it is out of bounds."""
-        bounded = True
-        with scratch.frame():
-            down: F32 = scratch.empty((len(self.a),), np.float32)
-            np.dot(self.a, x, out=down)
-            delta: F32 = scratch.empty(y.shape, np.float32)
-            for number, (rows, b) in enumerate(self.b):
-                rank, added = len(b), delta[rows]
-                np.dot(down[number * rank : (number + 1) * rank], b, out=added)
-                bounded &= bool(np.dot(added, added) <= MAX_DELTA**2)  # False for what is not a number
-                y[rows] += added
+        """Step 3: x float32[m, k] through A and B onto y float32[m, n]. False, and y is junk, if it is out of bounds.
+
+        numpy multiplies stacked rows one at a time, each like a row that is alone.
+        """
+        bounded, ranks = True, len(self.a) // len(self.b)
+        for first in range(0, len(x), ADAPTED_ROWS):
+            some, onto = x[first : first + ADAPTED_ROWS, None], y[first : first + ADAPTED_ROWS]
+            with scratch.frame():
+                down: F32 = scratch.empty((len(some), 1, len(self.a)), np.float32)
+                np.matmul(some, self.a.T, out=down)
+                delta: F32 = scratch.empty((len(some), 1, y.shape[1]), np.float32)
+                for number, (rows, b) in enumerate(self.b):
+                    added = np.matmul(down[..., number * ranks : (number + 1) * ranks], b, out=delta[..., rows])[:, 0]
+                    bounded &= bool((np.einsum("mn,mn->m", added, added) <= MAX_DELTA**2).all())  # False for NaN
+                    onto[:, rows] += added
         return bounded
 
 

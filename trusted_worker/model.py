@@ -53,11 +53,6 @@ class Batch:
         """The position of every row."""
         return np.concatenate([run.position + np.arange(run.stop - run.start, dtype=np.int32) for run in self.runs])
 
-    @property
-    def adapted(self) -> dict[int, tuple[Adapter, Cache]]:
-        """Rows whose sequence has an adapter."""
-        return {row: (run.adapter, run.cache) for run in self.runs if run.adapter for row in range(run.start, run.stop)}
-
 
 class HeadTransform:
     """What becomes of q and k between projection and attention: QK norm and RoPE, as the model asks."""

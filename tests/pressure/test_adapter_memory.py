@@ -83,14 +83,14 @@ def test_the_smallest_budget_holds_one_adapter_of_the_largest_rank_and_one_sessi
 def test_the_scratch_of_a_wide_linear_is_planned(tmp_path: Path, scheme: str, precision: str) -> None:
     """Where nothing else of a step is as large as what an adapter adds to one row."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
-    raw = SHAPES["tinyllama-1.1b"] | sizes | {"intermediate_size": 16384, "vocab_size": 64}
+    raw = SHAPES["tinyllama-1.1b"] | sizes | {"intermediate_size": 1 << 16, "vocab_size": 64}
     config = ModelConfig.from_dict("wide", raw, {})
     write_model(tmp_path / "wide", raw, config, lambda *_: None)
     fields = PLAIN | {"r": 1, "target_modules": "all-linear"}
     tensors = tensors_of(read_config(json.dumps(fields).encode(), config))
     write(tmp_path / "adapter", fields, {name: one * np.float32(0.01) for name, one in tensors.items()})
-    demand = Demand(config, scheme, precision, KvType.FLOAT32, 4, adapters=1 << 20)
-    words = ("--adapter-memory", "1MiB")
+    demand = Demand(config, scheme, precision, KvType.FLOAT32, 4, adapters=2 << 20)
+    words = ("--adapter-memory", "2MiB")
     rig = build(tmp_path / "wide", scheme, precision, budget=smallest(demand), bank_rows=4, flags=words)
     rig.logits([1, 2], None, upload(rig.adapters, tmp_path / "adapter"))
 

@@ -215,7 +215,7 @@ def test_a_row_gains_what_the_formula_says(tmp_path: Path, rank: int, dtype: typ
     found = read_raw(PLAIN | {"r": rank, "target_modules": ["k_proj", "v_proj", "gate_proj", "down_proj"]})
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors_of(found).items()}
     placed = filled(tmp_path, found, tensors)
-    scratch = Scratch(SecureMemory(1 << 16), 1 << 14)
+    scratch = Scratch(SecureMemory(1 << 17), 1 << 16)
     for of, modules in found.linears:
         x = np.random.default_rng(3).normal(size=of.k).astype(np.float32)
         y = np.zeros(of.n, np.float32)
@@ -223,7 +223,7 @@ def test_a_row_gains_what_the_formula_says(tmp_path: Path, rank: int, dtype: typ
         for one in modules:
             a, b = (tensors[f"base_model.model.{one.name}.lora_{part}.weight"].astype(np.float64) for part in "AB")
             expected[one.start : one.stop] += found.scale * (b @ (a @ x))
-        assert placed[of].add(x, y, scratch)
+        assert placed[of].add(x[None], y[None], scratch)
         assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
         untouched = np.ones(of.n, bool)
         for one in modules:
@@ -240,27 +240,29 @@ def test_a_row_s_bits_do_not_depend_on_where_it_lies() -> None:
             [(slice(1, n), random.normal(size=(rank, n - 1)).astype(np.float32))],
         )
         x, y = random.normal(size=(9, k)).astype(np.float32), random.normal(size=(9, n)).astype(np.float32)
-        scratch, together = Scratch(SecureMemory(1 << 16), 1 << 14), y.copy()
+        scratch, together = Scratch(SecureMemory(1 << 17), 1 << 16), y.copy()
+        assert low.add(x, together, scratch)
         for row in range(9):
-            alone = y[row].copy()
-            assert low.add(x[row], together[row], scratch)
-            assert low.add(x[row].copy(), alone, scratch)
-            assert np.array_equal(alone, together[row])
-            assert alone[0] == y[row, 0]
+            alone = y[row : row + 1].copy()
+            assert low.add(x[row : row + 1].copy(), alone, scratch)
+            assert np.array_equal(alone[0], together[row])
+            assert alone[0, 0] == y[row, 0]
 
 
 @pytest.mark.parametrize("value", [1e3, 1e30, 3e38])
 def test_a_result_out_of_bounds_is_told(value: float) -> None:
     low = LowRank(np.full((2, 4), value, np.float32), [(slice(0, 4), np.full((2, 4), value, np.float32))])
     with np.errstate(over="ignore", invalid="ignore"):
-        assert not low.add(np.ones(4, np.float32), np.zeros(4, np.float32), Scratch(SecureMemory(4096), 1024))
+        x, y = np.ones((1, 4), np.float32), np.zeros((1, 4), np.float32)
+        assert not low.add(x, y, Scratch(SecureMemory(4096), 1024))
 
 
 def test_the_bound_is_on_the_norm_of_what_a_module_adds() -> None:
     for factor, fine in ((0.99, True), (1.01, False)):
         low = LowRank(np.ones((1, 1), np.float32), [(slice(0, 4), np.full((1, 4), MAX_DELTA / 2, np.float32))])
-        x = np.full(1, factor, np.float32)
-        assert low.add(x, np.zeros(4, np.float32), Scratch(SecureMemory(4096), 1024)) is fine
+        x, y = np.zeros((11, 1), np.float32), np.zeros((11, 4), np.float32)
+        x[9] = factor
+        assert low.add(x, y, Scratch(SecureMemory(4096), 1024)) is fine
 
 
 Change = Any  # (tensors, a name of A, a name of B) -> None

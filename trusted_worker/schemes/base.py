@@ -5,11 +5,10 @@ from typing import Protocol
 import numpy as np
 
 from trusted_worker import arithmetic
-from trusted_worker.adapters import Adapter
 from trusted_worker.arithmetic import F32, F64, I32, exact_product
 from trusted_worker.cache import Cache
 from trusted_worker.kv_cache import KVCache, PagePool
-from trusted_worker.model import Accept, Batch, Decoder
+from trusted_worker.model import Accept, Batch, Decoder, Run
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire import codec
@@ -75,7 +74,7 @@ class InsideDecoder:
     def __init__(self, weights: Weights, pages: PagePool, scratch: Scratch, head_rows: int) -> None:
         self._weights, self._pages, self._scratch = weights, pages, scratch
         self._decoder = Decoder(weights, scratch, head_rows)
-        self._adapted: dict[int, tuple[Adapter, Cache]] = {}  # rows of the batch
+        self._adapted: list[Run] = []  # of the batch, those with an adapter
 
     def embed(self, batch: Batch, out: F32) -> None:
         """Embeddings of the batch's tokens. See model.Embed."""
@@ -104,13 +103,13 @@ class InsideDecoder:
         return y
 
     def _adapt(self, spec: LinearSpec, x: F32, y: F32, rows: I32) -> None:
-        """Step 6, its last addend: row by row, for a row's bits must not depend on the batch."""
+        """Step 6, its last addend: what the adapters of the batch's sequences add to their rows."""
         with np.errstate(over="ignore", invalid="ignore"):
-            for row, one, result in zip(rows.tolist(), x, y, strict=True):
-                adapter, cache = self._adapted.get(row, (None, None))
-                low = adapter.linears.get(spec) if adapter else None
-                if low and cache and not low.add(one, result, self._scratch):
-                    cache.failed = True  # this sequence ends, and the others try again
+            for run in self._adapted:
+                low = run.adapter.linears.get(spec) if run.adapter else None
+                own = slice(*np.searchsorted(rows, (run.start, run.stop)))
+                if low and not low.add(x[own], y[own], self._scratch):
+                    run.cache.failed = True  # this sequence ends, and the others try again
                     raise InvalidArgumentError("the adapter's results are out of bounds; the session is closed")
 
     def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
@@ -135,7 +134,7 @@ class InsideDecoder:
 
     def forward(self, batch: Batch, accept: Accept) -> None:
         """See Scheme."""
-        self._adapted = batch.adapted
+        self._adapted = [run for run in batch.runs if run.adapter]
         self._decoder.forward(batch, self.embed, self.product, accept)
 
     def idle(self) -> bool:
