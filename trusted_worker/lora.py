@@ -5,14 +5,14 @@ Paper: SecureInfer (arXiv 2510.19979) keeps adapters in the TEE: the GPU worker 
 What the GPU worker sees: nothing of A, B or the rank. Its requests are as many and as large as without an adapter.
 What it learns: from how long it waits between two requests, about how large the adapter is.
 What breaks it: side channels of the TEE, and the answers: whoever may ask the adapted model can imitate it. Under
-`split` the activations cross in the clear, and two rows of one linear's input and output give B . A away.
+`split` activations cross in the clear, and what an adapter changed can be solved for from enough of them.
 An adapter is as hostile as the client that sent it: what it says is checked before it is used, and a refusal names a
 field, a module or a tensor. Values may still be absurd: a result out of bounds ends its own session, and no other.
 
 Steps, by the numbers beside the code:
  1. Read the configuration: which modules of the model, which rank and scale. All that is not plain LoRA is refused.
  2. Check that the file has exactly A and B of these modules, and copy them into the arena as float32, B times scale.
- 3. Add, one row of activations at a time, so that a row's bits do not depend on the rows beside it.
+ 3. Add to what the worker's product gave, row by row, so that a row's bits do not depend on the rows beside it.
 """
 
 import json
