@@ -36,6 +36,7 @@ one pad in the making and, in every layer, one page of 64 tokens, whatever the c
 sealed, parked outside, and opened again for every token. More memory is more speed: linears stay inside when they fill
 at most half of the budget, the embedding table when it fills at most a quarter; else they are parked, and come back
 tile by tile at each use. What remains lets more rows of a prompt, more new pads and more pages in at once.
+LoRA adapters come on top, as --adapter-memory: 4 bytes a parameter, and while one is uploaded its file.
 """
 _LINK_NOTE = "The link's bound is 1 / (exchanges x round trip + bytes both ways / bandwidth): no computing is in it.\n"
 

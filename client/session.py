@@ -11,12 +11,13 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
 
+from client.adapter import Adapter
 from client.attestation.fetch import fetch_from
 from client.attestation.policy import Policy, VerifiedPeer, verify
 from client.counters import Counters
@@ -38,6 +39,7 @@ from wire.v1 import gpu_worker_pb2, trusted_worker_pb2_grpc
 from wire.v1 import trusted_worker_pb2 as pb
 
 OPEN_SECONDS = 60.0
+UPLOAD_SECONDS = 300.0
 CLOSE_SECONDS = 3.0
 POLL_SECONDS = 0.05
 PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
@@ -59,9 +61,12 @@ class Request:
     seed: int | None = None
     logprobs: int = 0
     max_context: int = 0
+    perturbation: float = 0.0  # of released logits, at most
     model_folder: Path | None = (
         None  # this client's own copy, for a trusted worker that leaves embedding to its clients
     )
+    adapter: bytes = b""  # the name of one that the worker has
+    adapter_folder: Path | None = None  # or one that is uploaded first
 
     def message(self) -> pb.OpenRequest:
         """The request as it travels."""
@@ -70,6 +75,7 @@ class Request:
             scheme=self.scheme,
             precision=PRECISIONS[self.precision],
             max_context=self.max_context,
+            adapter=self.adapter,
             sampling=pb.Sampling(
                 temperature=self.temperature,
                 top_p=self.top_p,
@@ -78,6 +84,7 @@ class Request:
                 seed=self.seed or 0,
                 seeded=self.seed is not None,
                 logprobs=self.logprobs,
+                perturbation=self.perturbation,
             ),
         )
 
@@ -130,6 +137,7 @@ class TrustedWorker:
         self._channel = grpc.insecure_channel(target, options=client_options())
         self._stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(self._channel)
         self._lost = False  # a call of the verified peer was cut
+        self._adapters: dict[Path, bytes] = {}  # that were uploaded
         try:
             self.peer = self._verified()
         except BaseException:
@@ -143,21 +151,52 @@ class TrustedWorker:
         self._channel.close()
 
     def open(self, request: Request) -> Session:
-        """Open a session. Raises DeniedError when the reply does not echo the request.
+        """Open a session, after an upload of its adapter if the worker has not got it.
 
-        Raises PreconditionError when embedding is left to this client and its copy of the model cannot serve for it,
-        UnauthenticatedError when the peer is not the one that was verified, and the policy refuses the one that it is.
+        Raises DeniedError when the reply does not echo the request, PreconditionError when embedding is left to this
+        client and its copy of the model cannot serve for it, UnauthenticatedError when the peer is not the one that was
+        verified, and the policy refuses the one that it is.
         """
+        folder = request.adapter_folder
+        if folder is None:
+            return self._to_verified(lambda: self._open(request))
+        known = folder in self._adapters
+        name = self._adapters[folder] if known else self.upload(folder)
+        try:
+            return self._to_verified(lambda: self._open(replace(request, adapter=name)))
+        except PreconditionError:
+            del self._adapters[folder]
+            if not known:
+                raise
+            return self.open(request)  # the worker has started anew since, or gave its place to another adapter
+
+    def upload(self, folder: Path) -> bytes:
+        """A LoRA adapter, in PEFT's layout: the name that sessions open with. Raises CheckpointError for other folders.
+
+        Otherwise as `open`; InvalidArgumentError and ExhaustedError say what the worker does not take.
+        """
+        adapter = Adapter.read(folder)
+        self._adapters[folder] = self._to_verified(lambda: self._upload(adapter))
+        return self._adapters[folder]
+
+    def _to_verified(self, attempt: Callable[[], T]) -> T:
+        """A first call to the peer that was verified; if it became another one, to the one that is verified now."""
         if self._lost:
             self.peer = self._verified()
         try:
-            return self._open(request)
+            return attempt()
         except UnauthenticatedError:  # it has another key than the one that was verified
             self.peer = self._verified()
-            return self._open(request)
+            return attempt()
         except UnavailableError:
             self._lost = True
             raise
+
+    def _upload(self, adapter: Adapter) -> bytes:
+        call = ClientCall(self.peer.hpke_key, "Upload")
+        frames = (call.wrap(request) for request in adapter.requests())
+        answer = _call(lambda: self._stub.Upload(frames, timeout=UPLOAD_SECONDS))
+        return call.open(answer, pb.UploadResponse).adapter
 
     def _open(self, request: Request) -> Session:
         peer, call = self.peer, ClientCall(self.peer.hpke_key, "Open")
@@ -218,9 +257,11 @@ def connect(target: str, policy: Policy, seconds: float = CONNECT_SECONDS) -> Tr
 def _check_echo(request: Request, opened: pb.OpenResponse) -> None:
     if not opened.vocabulary or not opened.max_frame_tokens:
         raise DeniedError("the trusted worker opened a session without a vocabulary, or one that takes no tokens")
-    asked = (request.model, request.scheme, PRECISIONS[request.precision])
-    if (opened.model, opened.scheme, opened.precision) != asked:
-        raise DeniedError("the trusted worker opened another model, scheme or precision than was asked for")
+    asked = (request.model, request.scheme, PRECISIONS[request.precision], request.adapter)
+    if (opened.model, opened.scheme, opened.precision, opened.adapter) != asked:
+        raise DeniedError("the trusted worker opened another model, scheme, precision or adapter than was asked for")
+    if opened.perturbation < request.message().sampling.perturbation:  # both as float32
+        raise DeniedError("the trusted worker perturbs logits less than was asked for")
 
 
 def _table(request: Request, opened: pb.OpenResponse) -> EmbeddingTable:

@@ -13,6 +13,7 @@ from tests.model_folders import MODELS, greedy_reference, save, transformers_log
 from tests.rows import forward
 from tests.simulators.in_process import InProcessWorker
 from tests.simulators.workers import HonestWorker
+from trusted_worker.adapters import Adapter, Adapters
 from trusted_worker.arithmetic import F32
 from trusted_worker.assembly import assemble
 from trusted_worker.config import parse
@@ -52,6 +53,7 @@ class Rig:
     memory: SecureMemory
     scratch: Scratch
     rows: int = 64  # that one step may have
+    adapters: Adapters | None = None
 
     @property
     def weights(self) -> Weights:
@@ -70,34 +72,34 @@ class Rig:
         while self.scheme.idle():
             pass
 
-    def logits(self, ids: list[int], chunks: list[int] | None = None) -> F32:
+    def logits(self, ids: list[int], chunks: list[int] | None = None, adapter: Adapter | None = None) -> F32:
         """Logits of every position, float32[len(ids), vocabulary], in the given chunk sizes (default: one by one)."""
         cache = self.scheme.open(len(ids))
         out, start = [], 0
         sizes = [min(self.rows, size - at) for size in chunks or [1] * len(ids) for at in range(0, size, self.rows)]
         for size in sizes:
-            out.append(forward(self.scheme, one_run(cache, ids[start : start + size], start)))
+            out.append(forward(self.scheme, one_run(cache, ids[start : start + size], start, adapter)))
             start += size
         cache.free()
         return np.concatenate(out)
 
-    def greedy(self, ids: list[int], count: int) -> list[int]:
+    def greedy(self, ids: list[int], count: int, adapter: Adapter | None = None) -> list[int]:
         """`count` greedy tokens after a prompt."""
         cache = self.scheme.open(len(ids) + count)
-        logits, tokens, position = forward(self.scheme, one_run(cache, ids, 0)), [], len(ids)
+        logits, tokens, position = forward(self.scheme, one_run(cache, ids, 0, adapter)), [], len(ids)
         for _ in range(count):
             tokens.append(int(logits[-1].argmax()))
-            logits = forward(self.scheme, one_run(cache, tokens[-1:], position))
+            logits = forward(self.scheme, one_run(cache, tokens[-1:], position, adapter))
             position += 1
         cache.free()
         return tokens
 
 
-def one_run(cache: Any, ids: list[int], position: int) -> Batch:
+def one_run(cache: Any, ids: list[int], position: int, adapter: Adapter | None = None) -> Batch:
     """A batch of one sequence, logits wanted everywhere; its cache is awake."""
     assert cache.wake(len(ids)) == len(ids)
     rows = np.arange(len(ids), dtype=np.int32)
-    return Batch(np.array(ids, np.int32), (Run(cache, 0, len(ids), position),), rows)
+    return Batch(np.array(ids, np.int32), (Run(cache, 0, len(ids), position, adapter),), rows)
 
 
 def build(
@@ -125,6 +127,6 @@ def build(
         simulated = worker(checkpoint, config)
     memory = SecureMemory(budget)
     assembled = assemble(settings, config, memory, simulated)
-    rig = Rig(assembled.scheme, simulated, config, memory, assembled.scratch, assembled.rows)
+    rig = Rig(assembled.scheme, simulated, config, memory, assembled.scratch, assembled.rows, assembled.adapters)
     rig.fill()
     return rig

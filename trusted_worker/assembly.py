@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import cast
 
+from trusted_worker.adapters import Adapters
 from trusted_worker.config import Settings
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.offload import GpuWorker
@@ -45,6 +46,7 @@ class Assembled:
     scratch: Scratch  # of a step: samplers work in it too
     rows: int  # that one step may have
     model_digest: bytes  # 32: see wire/measured.py
+    adapters: Adapters
     embedding: str = ""  # where embeddings come from: see StatsResponse
     weights_resident: bool = False
 
@@ -65,8 +67,10 @@ def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, work
         )
     if settings.scheme == "plain":
         scratch = Scratch(memory, sampling_bytes(config.vocabulary))
+        adapters = _no_adapters(settings, config, memory)
         with closing(_checkpoint(settings, config)) as checkpoint:  # read by the worker, measured for claims
-            return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS, checkpoint.model_digest)
+            digest = checkpoint.model_digest
+        return Assembled(Plain(config, worker, _kv_type(settings)), scratch, MAX_ROWS, digest, adapters)
     return _inside(settings, config, memory, worker)
 
 
@@ -75,7 +79,8 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     int8, boot_key = settings.precision == "int8", secrets.token_bytes(32)
     stock = settings.pad_bank // row_bytes([*all_specs(config), lookup_spec(config)])
     client_embeds = settings.embed == "client"
-    demand = Demand(config, settings.scheme, settings.precision, _kv_type(settings), stock, client_embeds)
+    kv_type, set_aside = _kv_type(settings), settings.adapter_memory
+    demand = Demand(config, settings.scheme, settings.precision, kv_type, stock, client_embeds, set_aside)
     division = plan(demand, memory.budget)
     log.info("memory plan: %s", division.parts)
     checkpoint, opener, store = _checkpoint(settings, config), Opener(), PageStore(boot_key, settings.spill_dir)
@@ -101,8 +106,13 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     else:
         built = Split(weights, pages, scratch, head_rows, worker)
     embedding = "lookup" if demand.looks_up(division.layout) else division.layout.embed
+    adapters = Adapters(config, memory, division.parts["adapters"])
+    for text in settings.insecure_clear_adapter:
+        adapters.load(text)
+    if settings.insecure_clear_adapter:
+        log.warning("%d adapters lie on this disk in the clear", len(settings.insecure_clear_adapter))
     resident = division.layout.linears == "resident"
-    return Assembled(built, scratch, division.rows, checkpoint.model_digest, embedding, resident)
+    return Assembled(built, scratch, division.rows, checkpoint.model_digest, adapters, embedding, resident)
 
 
 def _pads(
@@ -115,7 +125,7 @@ def _pads(
 
 
 def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
-    kv_type = _kv_type(settings)
+    kv_type, adapters = _kv_type(settings), _no_adapters(settings, config, memory)
     log.warning(
         "kv-shield does not protect the conversation from the GPU worker, which sees every activation: it hides "
         "the KV cache from somebody who reads nothing but the cache and does not know the model"
@@ -135,7 +145,14 @@ def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, wo
     checkpoint = _checkpoint(settings, config)
     scheme = KvShield(checkpoint, config, memory, scratch, worker, pages, options)
     worker.greet = scheme.provision
-    return Assembled(scheme, scratch, rows, checkpoint.model_digest)
+    return Assembled(scheme, scratch, rows, checkpoint.model_digest, adapters)
+
+
+def _no_adapters(settings: Settings, config: ModelConfig, memory: SecureMemory) -> Adapters:
+    refusal = f"the scheme {settings.scheme} cannot apply adapters: its products run on the GPU worker as a whole"
+    if settings.adapter_memory or settings.insecure_clear_adapter:
+        raise PreconditionError(refusal)
+    return Adapters(config, memory, 0, refusal)
 
 
 def _kv_type(settings: Settings) -> KvType:

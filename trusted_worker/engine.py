@@ -198,7 +198,7 @@ class Engine(threading.Thread):
             if not count:  # the step is full, or the session could not wake
                 continue
             taken, rows, wants = session.take(count)
-            runs.append(Run(session.cache, len(ids), len(ids) + count, session.cache.length))
+            runs.append(Run(session.cache, len(ids), len(ids) + count, session.cache.length, session.adapter))
             ids.extend(taken)
             embeddings.extend(rows)
             if wants:
@@ -235,7 +235,7 @@ class Engine(threading.Thread):
 
 
 def _blamed(sessions: list[Session]) -> list[Session]:
-    """Whom a failed step ends: those whose own pages were rejected, and the others try again; else all."""
+    """Whom a failed step ends: those whose own pages or adapter were the cause, and the others try again; else all."""
     failed = [session for session in sessions if session.cache.failed]
     for session in sessions if failed else []:
         if not session.cache.failed:

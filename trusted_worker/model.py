@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trusted_worker import arithmetic
+from trusted_worker.adapters import Adapter
 from trusted_worker.arithmetic import F32, I32
 from trusted_worker.attention import attend
 from trusted_worker.cache import Cache
@@ -35,6 +36,7 @@ class Run:
     start: int
     stop: int
     position: int
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)

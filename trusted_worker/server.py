@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
+from trusted_worker.adapters import Incoming
 from trusted_worker.attestation import Attestor
 from trusted_worker.config import Settings
 from trusted_worker.service import Service
@@ -91,15 +92,19 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     @_mapped
     async def Upload(self, requests: AsyncIterator[pb.Sealed], context: Context) -> pb.Sealed:
-        """A LoRA adapter, in pieces."""
+        """A LoRA adapter, in pieces; the last one completes it."""
         call, piece = self._receiver.accept(await self._next(requests), "Upload", pb.UploadRequest)
-        incoming = await self._compute(partial(self._service.upload, piece.config, piece.weights_size))
+        future = self._service.engine.submit(partial(self._service.begin_upload, piece.config, piece.weights_size))
         try:
-            while True:
-                await self._compute(partial(incoming.write, piece.weights))
-                if incoming.complete:
-                    break
+            incoming = await self._result(future, self._settings.allocation_seconds)
+        except BaseException:
+            future.add_done_callback(self._abandon_upload)
+            raise
+        try:
+            await self._compute(partial(incoming.write, piece.weights))
+            while not incoming.complete:
                 piece = call.open(await self._next(requests), pb.UploadRequest)
+                await self._compute(partial(incoming.write, piece.weights))
             adapter = await self._compute(incoming.finish)
         except BaseException:
             self._service.engine.submit(incoming.abandon)
@@ -206,6 +211,11 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         """Close a session that was opened for nobody. Runs in whichever thread completes the future."""
         if not opened.cancelled() and opened.exception() is None:
             self._service.engine.submit(partial(self._service.close, opened.result().session))
+
+    def _abandon_upload(self, begun: "Future[Incoming]") -> None:
+        """Nobody waits for it any more. Runs in whichever thread completes the future."""
+        if not begun.cancelled() and begun.exception() is None:
+            self._service.engine.submit(begun.result().abandon)
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """`work` in the compute thread, unless its turn does not come in time: then it never runs."""

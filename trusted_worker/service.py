@@ -4,6 +4,7 @@ import logging
 import secrets
 
 from trusted_worker import metrics
+from trusted_worker.adapters import Incoming
 from trusted_worker.assembly import Assembled, assemble
 from trusted_worker.attestation import claims
 from trusted_worker.cache import Cache
@@ -70,8 +71,11 @@ class Service:
             raise ContextError(f"a context of {request.max_context} tokens was asked; the most is {most}")
         sampler = Sampler(request.sampling)
         scheme, embeds = self._assembled.scheme, self._client_embeds
+        adapter = self._assembled.adapters.find(request.adapter) if request.adapter else None
         cache = scheme.open(request.max_context) if request.max_context else _open(scheme, most)
-        session = Session(self.config, cache, sampler, self._assembled.scratch, self._latencies, secret, embeds)
+        session = Session(
+            self.config, cache, sampler, self._assembled.scratch, self._latencies, secret, embeds, adapter
+        )
         self.engine.add(session)
         name = secrets.token_bytes(SESSION_BYTES)
         self._sessions = {key: one for key, one in self._sessions.items() if not one.dead} | {name: session}
@@ -87,7 +91,14 @@ class Service:
             ),
             client_embeds=embeds,
             hidden=self.config.hidden,
+            adapter=request.adapter,
         )
+
+    def begin_upload(self, config: bytes, size: int) -> Incoming:
+        """An adapter on its way. Raises PreconditionError while the model is loading, and what Adapters.begin raises."""
+        if self._assembled is None:
+            raise PreconditionError("model is loading; try again in a moment")
+        return self._assembled.adapters.begin(config, size)
 
     def session(self, name: bytes) -> Session:
         """A living session by its name. Raises UnauthenticatedError: unknown, closed and expired look the same."""
@@ -144,7 +155,7 @@ class Service:
             step_seconds=self.engine.step_seconds,
             exchange_seconds=traffic.seconds,
             worker_seconds=traffic.worker_seconds,
-            **(assembled.scheme.counters() if assembled else {}),
+            **(assembled.scheme.counters() | assembled.adapters.counters() if assembled else {}),
         )
 
     def metrics(self) -> str:

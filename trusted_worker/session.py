@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from trusted_worker.adapters import Adapter
 from trusted_worker.arithmetic import F32
 from trusted_worker.cache import Cache
 from trusted_worker.metrics import Latencies
@@ -44,8 +45,11 @@ class Session:
         latencies: Latencies,
         secret: bytes = b"",
         client_embeds: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
-        self.cache, self.secret = cache, secret
+        self.cache, self.secret, self.adapter = cache, secret, adapter
+        if adapter:
+            adapter.hold()
         self._scratch, self._latencies = scratch, latencies
         self._width = 4 * config.hidden if client_embeds else 0  # bytes of an embedding
         self._embeddings: deque[bytes] = deque()  # of the first pending tokens
@@ -166,6 +170,8 @@ class Session:
         if not self.dead:
             self.dead = True
             self.cache.free()
+            if self.adapter:
+                self.adapter.release()
             self._tokens.clear()
             self._pending.clear()
             self._embeddings.clear()

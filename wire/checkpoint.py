@@ -102,6 +102,18 @@ class Checkpoint:
             self.close()
             raise
 
+    @classmethod
+    def of(cls, source: Source, name: str) -> "Checkpoint":
+        """The tensors of one safetensors file, which errors call `name`."""
+        made = cls.__new__(cls)
+        made._files, made._tensors = [source], _read_header(source, Path(name))
+        return made
+
+    @property
+    def names(self) -> set[str]:
+        """Those of all tensors."""
+        return set(self._tensors)
+
     def close(self) -> None:
         """Close the files; reads fail afterwards."""
         while self._files:

@@ -38,6 +38,7 @@ class Demand:
     kv: KvType = KvType.FLOAT32
     stock: int = 256  # pads that the bank holds
     client_embeds: bool = False
+    adapters: int = 0  # bytes that are set aside for LoRA adapters
 
     @property
     def int8(self) -> bool:

@@ -17,6 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes to stderr 
 FORMATS = ("text", "json")
 ALLOWED = frozenset(
     {
+        "%d adapters lie on this disk in the clear",
         "%d us are charged for each exchange, as a world switch",
         "%s: chunk %d was changed, or cannot be read",
         "a call was refused: %s",

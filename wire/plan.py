@@ -3,8 +3,9 @@
 The trusted worker allocates what `plan` says, and `cleave budget` prints it: one rule, so the two cannot differ. It is
 for the schemes whose decoder runs inside: tee-only, split, secure-infer.
 
-First what cannot be parked: gains and biases, scales, the state of verification. Then, when they fit, all linears (half
-of the budget at most) and the embedding table (a quarter). Of what remains, a part each for the scratch of a step and
+First what is set aside for LoRA adapters. Then what cannot be parked: gains and biases, scales, the state of
+verification. Then, when they fit, all linears (half of the rest at most) and the embedding table (a quarter). Of what
+remains, a part each for the scratch of a step and
 for making pads; and all the rest is pages of KV caches. A budget that holds one row of a step, one pad in the making
 and one page for every layer of one session is enough: everything else is speed.
 """
@@ -82,7 +83,7 @@ def _layouts(demand: Demand) -> Iterator[tuple[Layout, int]]:
         else:
             where = "scales" if head else "absent"
         least = max(4 * table if where == "resident" else 0, 2 * linears if place == "resident" else 0)
-        yield Layout(embed, where, place), least
+        yield Layout(embed, where, place), least + _set_aside(demand)
 
 
 def _divided(demand: Demand, layout: Layout, fixed: Parts, rows: int, made: int, budget: int) -> Plan | None:
@@ -101,6 +102,10 @@ def _divided(demand: Demand, layout: Layout, fixed: Parts, rows: int, made: int,
         return None
     parts = fixed | {"scratch": scratch, "refill": refill, "kv cache": blocks([slots * demand.page])}
     return Plan(layout, rows, head, scratch, made, refill, slots, parts)
+
+
+def _set_aside(demand: Demand) -> int:
+    return blocks([demand.adapters]) if demand.adapters else 0
 
 
 def _halves(most: int) -> Iterator[int]:
@@ -123,6 +128,7 @@ def _fixed(demand: Demand, layout: Layout) -> Parts:
     checks += [SUM_LIMBS * min(SUM_BLOCK, max(spec.n for spec in specs))]
     checks += [2 * CHECK_LIMBS * config.vocabulary] if demand.looks_up(layout) else []
     return {
+        "adapters": _set_aside(demand),
         "embedding": blocks(size for name, size in resident.items() if name.kind is Kind.EMBEDDING),
         "positions": blocks(WORD * one.rows * one.width for one in kept.values() if one.name.kind is Kind.POSITIONS),
         "norms and biases": blocks(WORD * one.rows for one in kept.values() if one.width == 1),

@@ -11,6 +11,7 @@ from wire.linears import Linear, LinearSpec, kinds, lookup_spec, spec
 SLACK = 1 << 12  # for what alignment loses
 SEGMENT = 1 << 13  # outputs of a pad that are sealed together
 LOOKUP_BYTES = 1 << 20  # of one-hot rows that travel together
+MAX_RANK, ADAPTED_ROWS = 256, 8  # of a LoRA adapter; rows of activations that go through it together
 # Exact products (arithmetic.py).
 EXACT_DEPTH = 1 << 15  # 2^31 * 127 * 2^15 < 2^53
 PIECE = 1 << 17  # weights that lie in float64 at a time: 1 MiB, what a second-level cache holds
@@ -98,12 +99,15 @@ def _table_refill(demand: Demand, layout: Layout, made: int) -> int:
 def _product(demand: Demand, layout: Layout, of: LinearSpec, m: int) -> int:
     """One linear for m rows, its result included."""
     result = WORD * m * of.n
+    three = 3 * MAX_RANK  # of q, k and v
+    adapted = WORD * min(m, ADAPTED_ROWS) * (three + of.n) if demand.adapters else 0
     if not demand.int8:
-        return result + demand.inside * (_tiles(demand, layout, of) + WORD * m * min(tile_rows(of.k), of.n))
+        inside = demand.inside * (_tiles(demand, layout, of) + WORD * m * min(tile_rows(of.k), of.n))
+        return result + max(inside, adapted)
     integers = WORD * m * (2 * of.k + of.n)
     inside = 8 * m * of.k + _tiles(demand, layout, of) + exact_bytes(m, of.n, of.k) if demand.inside else 0
     outside = max(WORD * (m * of.k + min(SEGMENT, of.n)), check_bytes(m, max(of.k, of.n))) if demand.masks else 0
-    return result + integers + max(inside, outside)
+    return result + max(integers + max(inside, outside), adapted)
 
 
 def _tiles(demand: Demand, layout: Layout, of: LinearSpec) -> int:

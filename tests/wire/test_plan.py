@@ -24,12 +24,15 @@ SCHEMES = [
     ("secure-infer", "int8"),
 ]
 demands = st.builds(
-    lambda name, scheme, kv, stock, client: Demand(shape(name), scheme[0], scheme[1], kv, stock, client),
+    lambda name, scheme, kv, stock, client, adapters: Demand(
+        shape(name), scheme[0], scheme[1], kv, stock, client, adapters
+    ),
     st.sampled_from(["gpt2", "qwen2.5-0.5b", "tinyllama-1.1b", "llama2-7b"]),
     st.sampled_from(SCHEMES),
     st.sampled_from(KvType),
     st.sampled_from([0, 1, 5, 1000]),
     st.booleans(),
+    st.sampled_from([0, 1, 1000, 1 << 26]),
 )
 
 
@@ -41,6 +44,7 @@ def test_a_division_adds_up_and_holds_a_session(demand: Demand, times: float) ->
     assert sum(found.parts.values()) <= budget
     assert budget - sum(found.parts.values()) <= demand.page  # nothing is left that could be a page
     assert demand.config.layers <= found.slots
+    assert demand.adapters <= found.parts["adapters"] < demand.adapters + 64
     assert 1 <= found.head_rows <= min(found.rows, HEAD_ROWS)
     assert found.rows <= MAX_ROWS
     assert (found.refill_rows == 0) == (demand.scheme != "secure-infer")
@@ -77,6 +81,18 @@ def test_every_shape_can_be_planned(name: str) -> None:
     for scheme, precision in SCHEMES:
         demand = Demand(shape(name), scheme, precision)
         assert plan(demand, smallest(demand)).slots >= demand.config.layers
+
+
+def test_what_is_set_aside_for_adapters_is_on_top_and_leaves_all_other_parts_as_they_were() -> None:
+    for scheme, precision in SCHEMES:
+        without = Demand(shape("qwen2.5-0.5b"), scheme, precision)
+        beside, most = replace(without, adapters=1 << 26), 9000  # of one row of the widest linear and three ranks
+        assert 1 << 26 <= smallest(beside) - smallest(without) <= (1 << 26) + 4 * most
+        for budget in (64 << 20, 600 << 20, 4 << 30):
+            one, other = plan(without, budget), plan(beside, budget + (1 << 26))
+            assert (one.layout, one.rows, one.refill_rows) == (other.layout, other.rows, other.refill_rows)
+            assert other.parts["adapters"] == 1 << 26
+            assert one.parts["weights"] == other.parts["weights"]
 
 
 def test_the_models_that_are_promised_fit_the_profiles_that_are_promised() -> None:

@@ -8,10 +8,11 @@ from trusted_worker import arithmetic
 from trusted_worker.arithmetic import F32, F64, I32, exact_product
 from trusted_worker.cache import Cache
 from trusted_worker.kv_cache import KVCache, PagePool
-from trusted_worker.model import Accept, Batch, Decoder
+from trusted_worker.model import Accept, Batch, Decoder, Run
 from trusted_worker.secure_memory import Scratch
 from trusted_worker.weights import Weights
 from wire import codec
+from wire.errors import InvalidArgumentError
 from wire.linears import LinearSpec
 from wire.v1 import gpu_worker_pb2 as pb
 
@@ -73,6 +74,7 @@ class InsideDecoder:
     def __init__(self, weights: Weights, pages: PagePool, scratch: Scratch, head_rows: int) -> None:
         self._weights, self._pages, self._scratch = weights, pages, scratch
         self._decoder = Decoder(weights, scratch, head_rows)
+        self._adapted: list[Run] = []  # of the batch, those with an adapter
 
     def embed(self, batch: Batch, out: F32) -> None:
         """Embeddings of the batch's tokens. See model.Embed."""
@@ -96,7 +98,19 @@ class InsideDecoder:
                 self.floats(spec, x, y)
                 if bias is not None:
                     y += bias
+        if self._adapted:
+            self._adapt(spec, x, y, rows)
         return y
+
+    def _adapt(self, spec: LinearSpec, x: F32, y: F32, rows: I32) -> None:
+        """Step 6, its last addend: what the adapters of the batch's sequences add to their rows."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for run in self._adapted:
+                low = run.adapter.linears.get(spec) if run.adapter else None
+                own = slice(*np.searchsorted(rows, (run.start, run.stop)))
+                if low and not low.add(x[own], y[own], self._scratch):
+                    run.cache.failed = True  # this sequence ends, and the others try again
+                    raise InvalidArgumentError("the adapter's results are out of bounds; the session is closed")
 
     def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
         """x_q . W_q^T modulo 2^32: int32[m, k] of these rows of the batch into y_q int32[m, n]."""
@@ -120,6 +134,7 @@ class InsideDecoder:
 
     def forward(self, batch: Batch, accept: Accept) -> None:
         """See Scheme."""
+        self._adapted = [run for run in batch.runs if run.adapter]
         self._decoder.forward(batch, self.embed, self.product, accept)
 
     def idle(self) -> bool:
