@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from client import report
 from client.conversation import Conversation
+from client.session import Request
 from client.terminal import first_interrupt, harmless, note, one_line
 from wire.errors import CleaveError, ContextError, UnavailableError
 
@@ -89,11 +90,16 @@ class Chat:
     def _banner(self) -> str:
         request, peer = self._conversation.request, self._conversation.worker.peer
         return (
-            f"Cleave: you are talking to {request.model}.\n"
+            f"Cleave: you are talking to {request.model}{_adapted(request)}.\n"
             f"{request.scheme} {request.precision}; {report.attestation(peer)}\n"
             f"{_SCHEMES[request.scheme]}\n"
             "/help lists the commands. Ctrl-C stops an answer, twice leaves."
         )
+
+
+def _adapted(request: Request) -> str:
+    name = request.adapter_folder.name if request.adapter_folder else request.adapter.decode(errors="replace")
+    return f" with the adapter {one_line(name)}, which only the trusted worker sees" if name else ""
 
 
 def _lines() -> Iterator[str]:

@@ -107,6 +107,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
         help="key of a model that `seal-model` sealed",
     )
     _add_memory(parser.add_argument_group("memory of the trusted worker").add_argument)
+    _add_adapters(parser.add_argument_group("adapters and released logits").add_argument)
     _add_kv_shield(parser.add_argument_group("kv-shield").add_argument)
 
 
@@ -134,6 +135,21 @@ def _add_memory(add: Callable[..., argparse.Action]) -> None:
         nargs=0,
         help="weights from disk are used without comparing their digests: to measure what that costs",
     )
+
+
+def _add_adapters(add: Callable[..., argparse.Action]) -> None:
+    """Flags that the trusted worker reads; it says what is wrong with them."""
+    for flag, reader, metavar, text in (
+        ("--adapter-memory", None, "SIZE", "of the budget, for LoRA adapters; default: what --adapter needs"),
+        (
+            "--insecure-clear-adapter",
+            _named_folder,
+            "NAME=DIR",
+            "one for every client, in the clear on this disk",
+        ),
+        ("--least-perturbation", None, "B", "of all released logits; default: 0"),
+    ):
+        add(flag, action=_More, dest="more", type=reader, metavar=metavar, help=text)
 
 
 def _add_kv_shield(add: Callable[..., argparse.Action]) -> None:
@@ -178,6 +194,9 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=_integer(0, 1 << 20), default=0, metavar="K", help="default: off")
     add("--repetition-penalty", type=_number(0.01, 100), default=0.0, metavar="R", help="default: off")
     add("--seed", type=_integer(0, (1 << 64) - 1), metavar="N", help="default: from the operating system")
+    add("--adapter", type=Path, metavar="DIR", help="a LoRA adapter that PEFT saved; the trusted worker alone sees it")
+    add("--served-adapter", metavar="NAME", help="one that the worker's operator has loaded")
+    add("--perturbation", type=_number(0, 8), default=0.0, metavar="B", help="logits are off by at most B; default: 0")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
 
 
@@ -224,6 +243,8 @@ def _check_chat(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     one_shot = options.prompt is not None or options.token_ids is not None
     if not one_shot and (options.json or options.logprobs):
         parser.error("--json and --logprobs need --prompt or --token-ids")
+    if options.adapter and options.served_adapter:
+        parser.error("give --adapter or --served-adapter, not both")
     if options.logprobs and not options.json:
         parser.error("--logprobs needs --json")
     if options.policy and not options.connect:
@@ -260,6 +281,11 @@ def _number(low: float, high: float) -> Callable[[str], float]:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve())
+
+
+def _named_folder(text: str) -> str:
+    name, _, folder = text.partition("=")
+    return f"{name}={_absolute(folder)}" if folder else text  # which the trusted worker refuses
 
 
 def _bandwidth(text: str) -> float:

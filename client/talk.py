@@ -5,6 +5,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from client.adapter import Adapter
 from client.attestation import policy_file
 from client.attestation.policy import Policy
 from client.chat import Chat
@@ -19,6 +20,7 @@ from wire.channel import is_local
 from wire.errors import CleaveError, InvalidArgumentError
 from wire.model_config import ModelConfig
 
+ADAPTER_MARGIN = 1 << 18  # bytes
 PADS_SECONDS = 30.0  # longest wait of a chat for the pads of its first answer
 
 
@@ -27,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
     config = ModelConfig.from_hf(options.model)
     tokenizer = _tokenizer(options)
     token_ids = _prompt(options, tokenizer, config)
+    if options.adapter:
+        Adapter.read(options.adapter)
     with contextlib.ExitStack() as stack:
         cluster, worker = _worker(options, stack)
         try:
@@ -52,8 +56,17 @@ def settings(options: argparse.Namespace) -> Settings:
         insecure_plaintext=getattr(options, "insecure_plaintext", False),
         simulated=listen is None or is_local(listen),  # clients take such evidence from their own machine only
         policy_file=getattr(options, "policy_file", None),
-        more=options.more,
+        more=(*_adapter_memory(options), *options.more),
     )
+
+
+def _adapter_memory(options: argparse.Namespace) -> list[str]:
+    """What a chat's own adapter takes while it is uploaded: its file, and at most twice as much as float32.
+
+    A worker uses the last word of several on the same thing.
+    """
+    folder = getattr(options, "adapter", None)
+    return ["--adapter-memory", str(3 * Adapter.read(folder).size + ADAPTER_MARGIN)] if folder else []
 
 
 def _talk(
@@ -106,7 +119,10 @@ def _request(options: argparse.Namespace, model: str) -> Request:
         seed=options.seed,
         logprobs=options.logprobs,
         max_context=options.max_context,
+        perturbation=options.perturbation,
         model_folder=options.model,
+        adapter=(options.served_adapter or "").encode(),
+        adapter_folder=options.adapter,
     )
 
 

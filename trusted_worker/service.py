@@ -95,7 +95,7 @@ class Service:
         )
 
     def begin_upload(self, config: bytes, size: int) -> Incoming:
-        """An adapter on its way. Raises PreconditionError while the model is loading, and what Adapters.begin raises."""
+        """An adapter on its way. Raises what Adapters.begin raises; while the model is loading PreconditionError."""
         if self._assembled is None:
             raise PreconditionError("model is loading; try again in a moment")
         return self._assembled.adapters.begin(config, size)

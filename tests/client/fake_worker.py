@@ -41,6 +41,9 @@ class Script:
     miscount: int = 0  # added to context_tokens
     overspend: bool = False  # one token more than granted
     refuse_open: tuple[grpc.StatusCode, str] | None = None
+    refuse_once: tuple[grpc.StatusCode, str] | None = None
+    adapter: bytes | None = None  # None: echo what was asked
+    perturbation: float | None = None
     fail_after: int | None = None  # tokens until DATA_LOSS
     cut_after: int | None = None  # tokens until the stream ends as if all were well
     table: npt.NDArray[np.float32] | None = None  # float32[vocabulary, hidden]: the client embeds
@@ -60,6 +63,7 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         self.tokens = 0
         self.error: Any = None  # what the client said of it; set by tests
         self.receiver = Receiver()
+        self.uploads = 0
         self.sealed: list[pb.Sealed] = []  # every frame of every client, as it came
         self._secret = b""
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=server_options())
@@ -78,8 +82,9 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
         )
 
     def Open(self, request: pb.Sealed, context: grpc.ServicerContext) -> pb.Sealed:
-        if self.script.refuse_open:
-            context.abort(*self.script.refuse_open)
+        if refusal := self.script.refuse_once or self.script.refuse_open:
+            self.script.refuse_once = None
+            context.abort(*refusal)
         call, asked = self._accept(request, "Open", pb.OpenRequest, context)
         self._secret = call.secret
         self.opened.append(asked)
@@ -93,8 +98,8 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
             max_frame_tokens=self.script.max_frame_tokens,
             client_embeds=self.script.table is not None,
             hidden=0 if self.script.table is None else self.script.table.shape[1],
-            adapter=asked.adapter,
-            perturbation=asked.sampling.perturbation,
+            adapter=asked.adapter if self.script.adapter is None else self.script.adapter,
+            perturbation=asked.sampling.perturbation if self.script.perturbation is None else self.script.perturbation,
         )
         return call.wrap(reply)
 
@@ -105,9 +110,11 @@ class FakeWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     def Upload(self, request_iterator: Iterator[pb.Sealed], context: grpc.ServicerContext) -> pb.Sealed:
         call, piece = self._accept(next(request_iterator), "Upload", pb.UploadRequest, context)
+        self.uploads += 1
         self.config, size, self.weights = piece.config, piece.weights_size, piece.weights
         while len(self.weights) < size:
-            self.weights += call.open(next(request_iterator), pb.UploadRequest).weights
+            self.sealed.append(next(request_iterator))
+            self.weights += call.open(self.sealed[-1], pb.UploadRequest).weights
         return call.wrap(pb.UploadResponse(adapter=ADAPTER, size=size))
 
     def _accept(
