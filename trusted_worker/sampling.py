@@ -1,6 +1,7 @@
 """From logits to one token: repetition penalty, temperature, top-k, top-p, in the order of transformers.
 
-Log-probabilities are those of the model, before any of these.
+Log-probabilities are those of the model, before any of these. All of it is computed from the released logits: those of
+the model, with the noise of perturbation.py where a session or the worker wants it.
 
 Nothing here is as long as the vocabulary but one array in the caller's scratch: scores in float64, which become 64-bit
 keys where they stand. A key orders like its score, highest first, and its low bits are the token, so that sorting keys
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trusted_worker.arithmetic import F32, F64
+from trusted_worker.perturbation import Perturbation
 from trusted_worker.secure_memory import Scratch
 from wire.errors import InvalidArgumentError
 from wire.v1 import trusted_worker_pb2 as pb
@@ -37,17 +39,30 @@ class Choice:
 
 
 class Sampler:
-    """Sampling state of one session. Raises InvalidArgumentError for parameters out of range."""
+    """Sampling state of one session. Raises InvalidArgumentError for parameters out of range.
 
-    def __init__(self, settings: pb.Sampling) -> None:
+    `key`: of the noise, secret, 32 bytes; one for each model and adapter. `least`: perturbation whatever is asked.
+    """
+
+    def __init__(self, settings: pb.Sampling, key: bytes = b"", least: float = 0.0) -> None:
         _check(settings)
         self._settings = settings
+        self._perturbation = Perturbation(settings.perturbation, least, key)
         self._random = np.random.default_rng(settings.seed if settings.seeded else secrets.randbits(128))
 
+    @property
+    def perturbation(self) -> float:
+        """The most that a released logit is off."""
+        return self._perturbation.bound
+
     def choose(self, logits: F32, context: list[int], scratch: Scratch) -> Choice:
-        """One token for logits float32[vocabulary], given all tokens so far. See wire.scratch.sampling_bytes."""
+        """One token for logits float32[vocabulary], given all tokens so far. See wire.scratch.sampling_bytes.
+
+        With a perturbation `logits` are the released ones afterwards.
+        """
         if not np.isfinite(logits.max()) or not np.isfinite(logits.min()):
             raise InvalidArgumentError("the model's logits are not finite")
+        self._perturbation.apply(logits, context)
         with scratch.frame():
             scores: F64 = scratch.empty(logits.shape, np.float64)
             token = self._token(logits, context, scores)
