@@ -1,5 +1,6 @@
 """Opens sessions on the scheme that the settings name, and counts. Compute thread only, but for `stats`, `claims`."""
 
+import hmac
 import logging
 import secrets
 
@@ -12,6 +13,7 @@ from trusted_worker.config import Settings
 from trusted_worker.engine import Engine
 from trusted_worker.metrics import Latencies
 from trusted_worker.offload import GpuWorker
+from trusted_worker.perturbation import KEY_BYTES
 from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.sampling import Sampler
 from trusted_worker.schemes.base import InsideDecoder, Scheme
@@ -53,6 +55,7 @@ class Service:
             settings.switch_us,
         )
         self.draining = False
+        self._noise_key = secrets.token_bytes(KEY_BYTES)
         self._latencies = Latencies()
         self._assembled: Assembled | None = None
         self._claims: bytes | None = None
@@ -69,7 +72,8 @@ class Service:
         most = min(self.config.max_context, self._settings.max_context or self.config.max_context)
         if request.max_context > most:
             raise ContextError(f"a context of {request.max_context} tokens was asked; the most is {most}")
-        sampler = Sampler(request.sampling)
+        noise = hmac.digest(self._noise_key, request.adapter, "sha256")  # see perturbation.py
+        sampler = Sampler(request.sampling, noise, self._settings.least_perturbation)
         scheme, embeds = self._assembled.scheme, self._client_embeds
         adapter = self._assembled.adapters.find(request.adapter) if request.adapter else None
         cache = scheme.open(request.max_context) if request.max_context else _open(scheme, most)
@@ -92,6 +96,7 @@ class Service:
             client_embeds=embeds,
             hidden=self.config.hidden,
             adapter=request.adapter,
+            perturbation=sampler.perturbation,
         )
 
     def begin_upload(self, config: bytes, size: int) -> Incoming:
