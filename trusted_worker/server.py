@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from trusted_worker.adapters import Incoming
+from trusted_worker.adapters import Adapter, Incoming
 from trusted_worker.attestation import Attestor
 from trusted_worker.config import Settings
 from trusted_worker.service import Service
@@ -92,24 +92,28 @@ class TrustedWorker(trusted_worker_pb2_grpc.TrustedWorkerServiceServicer):
 
     @_mapped
     async def Upload(self, requests: AsyncIterator[pb.Sealed], context: Context) -> pb.Sealed:
-        """A LoRA adapter, in pieces; the last one completes it."""
-        call, piece = self._receiver.accept(await self._next(requests), "Upload", pb.UploadRequest)
-        future = self._service.engine.submit(partial(self._service.begin_upload, piece.config, piece.weights_size))
+        """A LoRA adapter, in pieces; the last one completes it. Its memory is taken at once, so there is a deadline."""
+        call, first = self._receiver.accept(await self._next(requests), "Upload", pb.UploadRequest)
+        future = self._service.engine.submit(partial(self._service.begin_upload, first.config, first.weights_size))
         try:
             incoming = await self._result(future, self._settings.allocation_seconds)
-        except BaseException:
+            async with asyncio.timeout(self._settings.session_seconds):
+                adapter = await self._receive(incoming, call, first, requests)
+        except BaseException as error:
             future.add_done_callback(self._abandon_upload)
-            raise
-        try:
-            await self._compute(partial(incoming.write, piece.weights))
-            while not incoming.complete:
-                piece = call.open(await self._next(requests), pb.UploadRequest)
-                await self._compute(partial(incoming.write, piece.weights))
-            adapter = await self._compute(incoming.finish)
-        except BaseException:
-            self._service.engine.submit(incoming.abandon)
+            if isinstance(error, TimeoutError):
+                raise DeadlineError("the upload took too long") from None
             raise
         return call.wrap(pb.UploadResponse(adapter=adapter.name, size=adapter.size))
+
+    async def _receive(
+        self, incoming: Incoming, call: WorkerCall, piece: pb.UploadRequest, requests: AsyncIterator[pb.Sealed]
+    ) -> Adapter:
+        await self._compute(partial(incoming.write, piece.weights))
+        while not incoming.complete:
+            piece = call.open(await self._next(requests), pb.UploadRequest)
+            await self._compute(partial(incoming.write, piece.weights))
+        return await self._compute(incoming.finish)
 
     @_mapped
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
