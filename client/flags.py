@@ -1,13 +1,12 @@
 """The command line of `cleave`: flags, their ranges, and which of them go together. Standard library only."""
 
 import argparse
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from client.attestation.arguments import add_attest, check_attest
+from client.values import absolute, bandwidth, integer, named_folder, number, token_ids
 from wire.profiles import PROFILES
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -15,7 +14,6 @@ DEFAULT_LISTEN = "127.0.0.1:7750"
 SCHEMES = ("secure-infer", "kv-shield", "split", "plain", "tee-only")
 DEFAULT_SCHEME = "secure-infer"
 _LOCAL_DEFAULTS = {"memory_budget": None, "pad_bank": "64MiB", "device": "auto", "more": ()}
-_RATES = {"Mbit": 1e6 / 8, "Gbit": 1e9 / 8, "MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}  # bytes
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,13 +80,13 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="a model folder, a config.json, or shape:NAME (shape:? lists)")
-    add("--context", type=_integer(1, 1 << 31), required=True, metavar="N", help="tokens, prompt and answer together")
+    add("--context", type=integer(1, 1 << 31), required=True, metavar="N", help="tokens, prompt and answer together")
     add("--scheme", choices=SCHEMES, help="default: all")
     add("--precision", choices=("float32", "int8"), help="default: int8 where a scheme has both")
     add("--rope", choices=("trusted", "worker"), default="trusted", help="of kv-shield; default: %(default)s")
-    add("--stock", type=_integer(1, 1 << 31), default=64, metavar="N", help="pads in the bank; default: %(default)s")
-    add("--rtt-us", type=_number(0, 1e9), metavar="T", help="round trip to the GPU worker, microseconds")
-    add("--bandwidth", type=_bandwidth, metavar="RATE", help="of that link, per second: 10Gbit, 500MB, 1GiB")
+    add("--stock", type=integer(1, 1 << 31), default=64, metavar="N", help="pads in the bank; default: %(default)s")
+    add("--rtt-us", type=number(0, 1e9), metavar="T", help="round trip to the GPU worker, microseconds")
+    add("--bandwidth", type=bandwidth, metavar="RATE", help="of that link, per second: 10Gbit, 500MB, 1GiB")
     add("--json", action="store_true", help="one JSON object, in bytes and numbers")
 
 
@@ -102,7 +100,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
         "--model-key-file",
         action=_More,
         dest="more",
-        type=_absolute,
+        type=absolute,
         metavar="FILE",
         help="key of a model that `seal-model` sealed",
     )
@@ -143,7 +141,7 @@ def _add_adapters(add: Callable[..., argparse.Action]) -> None:
         ("--adapter-memory", None, "SIZE", "of the budget, for LoRA adapters; default: what --adapter needs"),
         (
             "--insecure-clear-adapter",
-            _named_folder,
+            named_folder,
             "NAME=DIR",
             "one for every client, in the clear on this disk",
         ),
@@ -174,7 +172,7 @@ def _add_one_shot(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="answer this and leave",
     )
-    add("--token-ids", type=_token_ids, metavar="1,2,3", help="a prompt that needs no tokenizer")
+    add("--token-ids", type=token_ids, metavar="1,2,3", help="a prompt that needs no tokenizer")
     add(
         "--json",
         action="store_true",
@@ -182,21 +180,21 @@ def _add_one_shot(parser: argparse.ArgumentParser) -> None:
         "decode rate: (completion_tokens - 1) / (time after the first token); null for fewer than two tokens. Counters "
         "are differences over the answer, of all sessions of the trusted worker",
     )
-    add("--logprobs", type=_integer(1, 64), default=0, metavar="N", help="report N log-probabilities per token")
+    add("--logprobs", type=integer(1, 64), default=0, metavar="N", help="report N log-probabilities per token")
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("generation").add_argument
-    add("--max-new-tokens", type=_integer(1, 1 << 20), default=256, metavar="N", help="default: %(default)s")
-    add("--max-context", type=_integer(1, 1 << 24), default=0, metavar="N", help="default: the most there is")
-    add("--temperature", type=_number(0, 100), default=0.0, metavar="T", help="default: 0, greedy")
-    add("--top-p", type=_number(0, 1), default=0.0, metavar="P", help="default: off")
-    add("--top-k", type=_integer(0, 1 << 20), default=0, metavar="K", help="default: off")
-    add("--repetition-penalty", type=_number(0.01, 100), default=0.0, metavar="R", help="default: off")
-    add("--seed", type=_integer(0, (1 << 64) - 1), metavar="N", help="default: from the operating system")
+    add("--max-new-tokens", type=integer(1, 1 << 20), default=256, metavar="N", help="default: %(default)s")
+    add("--max-context", type=integer(1, 1 << 24), default=0, metavar="N", help="default: the most there is")
+    add("--temperature", type=number(0, 100), default=0.0, metavar="T", help="default: 0, greedy")
+    add("--top-p", type=number(0, 1), default=0.0, metavar="P", help="default: off")
+    add("--top-k", type=integer(0, 1 << 20), default=0, metavar="K", help="default: off")
+    add("--repetition-penalty", type=number(0.01, 100), default=0.0, metavar="R", help="default: off")
+    add("--seed", type=integer(0, (1 << 64) - 1), metavar="N", help="default: from the operating system")
     add("--adapter", type=Path, metavar="DIR", help="a LoRA adapter that PEFT saved; the trusted worker alone sees it")
     add("--served-adapter", metavar="NAME", help="one that the worker's operator has loaded")
-    add("--perturbation", type=_number(0, 8), default=0.0, metavar="B", help="logits are off by at most B; default: 0")
+    add("--perturbation", type=number(0, 8), default=0.0, metavar="B", help="logits are off by at most B; default: 0")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
 
 
@@ -209,8 +207,8 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --connect: what the worker must prove, in TOML; docs/attestation.md",
     )
-    add("--credit", type=_integer(1, 4096), default=8, metavar="N", help="most tokens in flight; default: %(default)s")
-    add("--timeout", type=_number(1, 86400), default=120.0, metavar="SECONDS", help="longest wait for a token")
+    add("--credit", type=integer(1, 4096), default=8, metavar="N", help="most tokens in flight; default: %(default)s")
+    add("--timeout", type=number(1, 86400), default=120.0, metavar="SECONDS", help="longest wait for a token")
     add(
         "--insecure-unattested",
         action="store_true",
@@ -251,56 +249,3 @@ def _check_chat(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--policy needs --connect: a cluster that this command starts comes with a policy of its own")
     if options.policy and options.insecure_unattested:
         parser.error("--policy wants evidence, --insecure-unattested wants none: leave one out")
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}")
-        return value
-
-    return read
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}")
-        return value
-
-    return read
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve())
-
-
-def _named_folder(text: str) -> str:
-    name, _, folder = text.partition("=")
-    return f"{name}={_absolute(folder)}" if folder else text  # which the trusted worker refuses
-
-
-def _bandwidth(text: str) -> float:
-    """Bytes per second."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
-    if match is None or match[2] not in _RATES or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"must be a number and one of {', '.join(_RATES)}")
-    return float(match[1]) * _RATES[match[2]]
-
-
-def _token_ids(text: str) -> list[int]:
-    try:
-        ids = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError("must be whole numbers with commas between them") from None
-    if not all(0 <= token_id < 1 << 32 for token_id in ids):
-        raise argparse.ArgumentTypeError("a token id is out of range")
-    return ids

@@ -16,6 +16,7 @@ from trusted_worker.config import size
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "deploy" / "systemd"
 ROLES = ("trusted", "gpu")
+MOST_EXPOSURE_AS_ROOT = 2.5
 MOST_EXPOSURE = 2.0
 PATIENCE = 60.0
 PROCESS = 256 << 20  # interpreter, libraries and buffers
@@ -87,6 +88,17 @@ def test_exposure_is_low_with_a_cuda_device(installed: Path, tmp_path: Path) -> 
     )
     assert analyze("verify", "--man=no", str(tmp_path / name)) == ""
     assert exposure(tmp_path / name) <= MOST_EXPOSURE
+
+
+@needs_systemd
+def test_exposure_is_low_with_evidence_of_the_kernel(installed: Path, tmp_path: Path) -> None:
+    name = "cleave-trusted-worker.service"
+    dropped = (UNITS / "cleave-trusted-worker-tsm.conf").read_text().partition("[Service]\n")[2]
+    (tmp_path / name).write_text(
+        (installed / name).read_text().replace("\n[Install]", f"\n[Service]\n{dropped}\n[Install]")
+    )
+    assert analyze("verify", "--man=no", str(tmp_path / name)) == ""
+    assert exposure(tmp_path / name) <= MOST_EXPOSURE_AS_ROOT
 
 
 @pytest.mark.parametrize("role", ROLES)
