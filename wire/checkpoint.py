@@ -8,6 +8,7 @@ checkpoint names its files in model.safetensors.index.json.
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class FileSource:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._end = weakref.finalize(self, os.close, self._file)
         self.size = os.fstat(self._file).st_size
 
     def read(self, offset: int, into: npt.NDArray[np.uint8]) -> None:
@@ -54,8 +56,8 @@ class FileSource:
             done += read
 
     def close(self) -> None:
-        """See Source."""
-        os.close(self._file)
+        """See Source. Not twice: the number may belong to somebody else by then."""
+        self._end()
 
 
 @dataclass(frozen=True)

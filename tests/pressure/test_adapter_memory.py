@@ -170,7 +170,7 @@ def test_sessions_choose_their_adapters_and_share_steps(model_folder: Folder, fo
 def test_the_reply_says_which_adapter_it_is(model_folder: Folder, folders: dict[str, Path]) -> None:
     with inside(model_folder("llama"), "tee-only", *flags(folders, "good")) as one:
         one.request.adapter = b"good"
-        assert one.do(lambda: one.service.open(one.request)).adapter == b"good"
+        assert one.do(lambda: one.service.open(one.request, b"")).adapter == b"good"
         one.request.adapter = b"unknown"
         with pytest.raises(PreconditionError, match="no such adapter: upload it again"):
             one.open()
@@ -197,16 +197,16 @@ def test_a_session_keeps_its_adapter_and_gives_it_up_at_its_end(
     words = [*flags(folders)[:-1], str(needed)]
     with inside(model_folder("llama"), "tee-only", *words) as one:
         before = one.stats().memory_used
-        kept = one.do(lambda: upload(one.service.adapters, folders["good"]))
+        kept = one.do(lambda: upload(one.service._assembled.adapters, folders["good"]))
         level = one.stats().memory_used
         assert level == before + kept.size
         client, second = open_with(one, kept.name), open_with(one, kept.name)
         said = client.say(PROMPT, 4)
         for session in (client, second):
             with pytest.raises(ExhaustedError, match=f"needs {needed} bytes"):
-                one.do(lambda: upload(one.service.adapters, folders["good"]))
+                one.do(lambda: upload(one.service._assembled.adapters, folders["good"]))
             session.close()
-        after = one.do(lambda: upload(one.service.adapters, folders["good"]))
+        after = one.do(lambda: upload(one.service._assembled.adapters, folders["good"]))
         assert after.name != kept.name
         assert one.stats().memory_used == level
         assert one.stats().adapter_bytes == after.size
