@@ -49,6 +49,7 @@ class Service:
             settings.connect_seconds,
             from_flags(settings.tls_certificate, settings.tls_key, settings.tls_authority),
             settings.switch_us,
+            settings.stream,
         )
         self.draining = False
         self._latencies = Latencies()

@@ -50,11 +50,16 @@ def byte_length(header: tensor_pb2.TensorHeader) -> int:
     return math.prod(header.shape) * itemsize
 
 
-def split(array: Array) -> Iterator[bytes]:
-    """The data of an array, frame by frame; at least one frame, which may be empty."""
+def pieces(array: Array) -> Iterator[memoryview]:
+    """The data of an array, frame by frame, in its own memory; at least one frame, which may be empty."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     for start in range(0, max(len(data), 1), FRAME_BYTES):
-        yield data[start : start + FRAME_BYTES].tobytes()
+        yield data[start : start + FRAME_BYTES].data
+
+
+def split(array: Array) -> Iterator[bytes]:
+    """The same, as copies."""
+    return (piece.tobytes() for piece in pieces(array))
 
 
 class Assembler:
@@ -82,13 +87,17 @@ class Assembler:
 
     def add(self, data: bytes) -> None:
         """Copy one frame's data in. Raises InvalidArgumentError for an empty, too long or superfluous frame."""
-        end = self._filled + len(data)
+        self.place(len(data))[:] = data
+
+    def place(self, size: int) -> memoryview:
+        """Where one frame's data belong, which counts as filled; the caller fills it at once. Raises as `add` does."""
+        start, end = self._filled, self._filled + size
         superfluous = self._begun and self.done
-        missing = len(data) == 0 and len(self._data) > 0
-        if superfluous or missing or len(data) > FRAME_BYTES or end > len(self._data):
+        missing = size == 0 and len(self._data) > 0
+        if superfluous or missing or size > FRAME_BYTES or end > len(self._data):
             raise InvalidArgumentError("frame does not match the announced tensor")
-        self._data[self._filled : end] = np.frombuffer(data, np.uint8)
         self._filled, self._begun = end, True
+        return self._data[start:end].data
 
     def array(self) -> Array:
         """The assembled tensor: writable, C-contiguous, and no memory of the peer's."""

@@ -1,0 +1,59 @@
+"""Calls as one long-lived RPC, Execute. gRPC reads and writes in threads of its own."""
+
+import queue
+from typing import Any
+
+import grpc
+
+from wire.errors import UnavailableError
+from wire.v1 import gpu_worker_pb2 as pb
+from wire.v1 import gpu_worker_pb2_grpc
+
+
+class GrpcPlane:
+    """A stream. Errors of gRPC become UnavailableError, without the worker's text."""
+
+    def __init__(self, stub: gpu_worker_pb2_grpc.GpuWorkerServiceStub) -> None:
+        self._requests: queue.SimpleQueue[pb.ExecuteRequest | None] = queue.SimpleQueue()
+        self._responses: Any = stub.Execute(iter(self._requests.get, None))
+        self._data = b""
+
+    @property
+    def ended(self) -> bool:
+        """See Plane."""
+        return not self._responses.is_active()
+
+    def send(self, frame: pb.ExecuteRequest, data: memoryview) -> int:
+        """See Plane."""
+        frame.data = bytes(data)
+        self._requests.put(frame)
+        return frame.ByteSize()
+
+    def receive(self) -> tuple[pb.ExecuteResponse, int, int]:
+        """See Plane."""
+        try:
+            frame: pb.ExecuteResponse = next(self._responses)
+        except StopIteration:
+            raise UnavailableError("the GPU worker closed the stream") from None
+        except grpc.RpcError as error:
+            raise unavailable(error) from None
+        self._data = frame.data
+        return frame, len(self._data), frame.ByteSize()
+
+    def take(self, place: memoryview) -> None:
+        """See Plane."""
+        place[:] = self._data
+
+    def cancel(self) -> None:
+        """See Plane."""
+        self._responses.cancel()
+
+    def close(self) -> None:
+        """See Plane. The channel's end ends the rest."""
+        self._requests.put(None)
+
+
+def unavailable(error: Any) -> UnavailableError:
+    """The worker's status in our own words: it is untrusted, so its text goes nowhere."""
+    code: grpc.StatusCode = error.code()
+    return UnavailableError(f"the GPU worker is not available ({code.name})")
