@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,7 @@ class Call:
         return cast(npt.NDArray[np.float32], self.tensor)
 
 
-@dataclass(frozen=True)
-class _Open:
+class _Open(NamedTuple):
     """A call of which bytes are missing."""
 
     operation: pb.Operation

@@ -22,7 +22,7 @@ from gpu_worker.traffic import Traffic
 from wire.codec import header_of, pieces
 from wire.errors import CleaveError, DeadlineError, InvalidArgumentError
 from wire.messages import MALFORMED
-from wire.stream_socket import PREFIX_BYTES, lengths, pack, unsent
+from wire.stream_socket import PREFIX_BYTES, Inbox, lengths, pack, unsent
 from wire.v1 import gpu_worker_pb2 as pb
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Conversation:
         self.deadline: float | None = None
         self._peer, self._worker, self._traffic, self._counts = peer, worker, traffic, traffic.sockets
         self._request_seconds, self._on_end = request_seconds, on_end
+        self._inbox = Inbox(peer)
         self._reader, self._stream = CallReader(ring_only), worker.open_stream()
         self._steps = self._talk()
         next(self._steps)
@@ -80,11 +81,11 @@ class Conversation:
     def _talk(self) -> Steps:
         prefix = memoryview(bytearray(PREFIX_BYTES))
         while True:
-            yield EVENT_READ
+            yield EVENT_READ if self._inbox.empty else EVENT_WRITE  # at once, but after others
             begun = self._receive(prefix)
             if begun == 0:
                 return
-            with self._counts.call():
+            with self._counts:
                 self._hurry()
                 call = yield from self._read(prefix, begun or 0)
                 outcome = carry_out(self._worker, call, self._stream, self._traffic.compute)
@@ -121,7 +122,7 @@ class Conversation:
     def _receive(self, place: memoryview) -> int | None:
         """How many bytes came; 0 at the end, None when there are none yet."""
         try:
-            return self._peer.recv_into(place)
+            return self._inbox.receive(place)
         except BlockingIOError:
             return None
         except OSError:

@@ -66,7 +66,7 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     async def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
         """Make a model ready."""
         try:
-            with self._traffic.stream(), self._traffic.grpc.call():
+            with self._traffic.stream(), self._traffic.grpc:
                 worker = await self._compute.worker()
                 await self._compute.run(worker.load, request.model, request.precision)
         except Exception as error:
@@ -117,7 +117,7 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         """Between calls a stream may be idle for as long as it likes."""
         reader = CallReader(self._ring_only)
         async for first in frames:
-            with self._traffic.grpc.call():
+            with self._traffic.grpc:
                 call = await self._within(self._read(reader, first, frames, worker))
                 if call is None:
                     break

@@ -16,20 +16,20 @@ POLL_SECONDS = 0.05
 
 
 class Counts:
-    """What crossed on one plane. Written by the thread that serves it, read by any."""
+    """What crossed on one plane. Written by the thread that serves it, read by any.
+
+    `with counts:` while a call is in flight: from its first frame until its answer is handed over.
+    """
 
     def __init__(self) -> None:
         self.calls = self.busy = self.refused = self.received = self.sent = 0
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """While a call is in flight: from its first frame until its answer is handed over."""
+    def __enter__(self) -> None:
         self.calls += 1
         self.busy += 1
-        try:
-            yield
-        finally:
-            self.busy -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self.busy -= 1
 
 
 class Traffic:

@@ -156,8 +156,8 @@ def _check(parser: argparse.ArgumentParser, given: dict[str, Any]) -> None:
 
 def _stream(parser: argparse.ArgumentParser, given: dict[str, Any]) -> str | None:
     """The address that calls go to, where they do not go over gRPC."""
-    if given["data_plane"] == "grpc":
-        if given["stream"]:
+    if given["data_plane"] == "grpc" or given["scheme"] == "tee-only":
+        if given["stream"] and given["data_plane"] == "grpc":
             parser.error("--stream belongs to --data-plane stream")
         return None
     address: str | None = given["stream"] or settings.stream_beside(given["gpu_worker"])

@@ -42,7 +42,7 @@ class GrpcPlane:
 
     def take(self, place: memoryview) -> None:
         """See Plane."""
-        place[:] = self._data
+        place[:], self._data = self._data, b""
 
     def cancel(self) -> None:
         """See Plane."""

@@ -200,9 +200,8 @@ class GpuWorker:
         self, plane: Plane, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None
     ) -> None:
         self._id += 1
-        frame = pb.ExecuteRequest(id=self._id, operation=operation)
-        if array is not None:
-            frame.header.CopyFrom(codec.header_of(array))
+        header = codec.header_of(array) if array is not None else None
+        frame = pb.ExecuteRequest(id=self._id, operation=operation, header=header)
         for data in codec.pieces(array) if array is not None else [memoryview(b"")]:
             self.traffic.bytes_up += plane.send(frame, data)
             frame = pb.ExecuteRequest(id=self._id)

@@ -32,6 +32,7 @@ class StreamPlane:
             self._socket = stream_socket.connect(address, seconds)
         except OSError as error:
             raise UnavailableError(f"the GPU worker's stream socket {address}: {error.strerror or error}") from None
+        self._inbox = stream_socket.Inbox(self._socket)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         try:
@@ -45,7 +46,7 @@ class StreamPlane:
     @property
     def ended(self) -> bool:
         """See Plane."""
-        if not self._poll.poll(0):
+        if not self._inbox.empty or not self._poll.poll(0):
             return False
         try:
             return not self._socket.recv(1, socket.MSG_PEEK)
@@ -83,7 +84,7 @@ class StreamPlane:
         """See Plane."""
         while place:
             try:
-                count = self._socket.recv_into(place, 0, socket.MSG_WAITALL)
+                count = self._inbox.receive(place)
             except OSError:
                 count = 0
             if not count:

@@ -24,6 +24,7 @@ TICKET_BYTES = 32
 
 _PREFIX = struct.Struct("<II")
 _BUFFER_BYTES = 1 << 20  # asked of the kernel
+_AHEAD_BYTES = 4096
 
 
 def connect(target: str, seconds: float) -> socket.socket:
@@ -75,6 +76,30 @@ def lengths(prefix: memoryview) -> tuple[int, int]:
     if message > MAX_ENVELOPE_BYTES or data > FRAME_BYTES:
         raise InvalidArgumentError(f"a frame holds at most {FRAME_BYTES} bytes of data")
     return message, data
+
+
+class Inbox:
+    """What comes on a socket. Small parts are read ahead, which saves turns; large ones go where they belong at once."""
+
+    def __init__(self, one: socket.socket) -> None:
+        self._socket = one
+        self._memory = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead = self._memory[:0]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was read ahead."""
+        return not self._ahead
+
+    def receive(self, place: memoryview) -> int:
+        """Bytes that `place` now begins with, 0 at the end of the stream. Raises OSError, as recv_into does."""
+        if not self._ahead:
+            if len(place) >= _AHEAD_BYTES:
+                return self._socket.recv_into(place, 0, socket.MSG_WAITALL)
+            self._ahead = self._memory[: self._socket.recv_into(self._memory)]
+        part, self._ahead = self._ahead[: len(place)], self._ahead[len(place) :]
+        place[: len(part)] = part
+        return len(part)
 
 
 def unsent(parts: list[memoryview], sent: int) -> list[memoryview]:

@@ -182,7 +182,7 @@ async def test_quiet_is_when_streams_are_idle_but_never_within_a_call(monkeypatc
     monkeypatch.setattr("gpu_worker.traffic.POLL_SECONDS", 0.01)
     counted = Traffic()
     with counted.stream():
-        with counted.grpc.call():
+        with counted.grpc:
             waiting = asyncio.create_task(counted.quiet())
             await asyncio.sleep(0.3)
             assert not waiting.done()
