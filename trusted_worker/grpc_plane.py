@@ -25,9 +25,10 @@ class GrpcPlane:
 
     def send(self, frame: pb.ExecuteRequest, data: memoryview) -> int:
         """See Plane."""
+        total = _total(frame.ByteSize(), len(data))
         frame.data = bytes(data)
         self._requests.put(frame)
-        return frame.ByteSize()
+        return total
 
     def receive(self) -> tuple[pb.ExecuteResponse, int, int]:
         """See Plane."""
@@ -38,7 +39,8 @@ class GrpcPlane:
         except grpc.RpcError as error:
             raise unavailable(error) from None
         self._data = frame.data
-        return frame, len(self._data), frame.ByteSize()
+        frame.ClearField("data")
+        return frame, len(self._data), _total(frame.ByteSize(), len(self._data))
 
     def take(self, place: memoryview) -> None:
         """See Plane."""
@@ -51,6 +53,11 @@ class GrpcPlane:
     def close(self) -> None:
         """See Plane. The channel's end ends the rest."""
         self._requests.put(None)
+
+
+def _total(rest: int, data: int) -> int:
+    """Bytes of a message by those of its other fields: ByteSize would serialise its data to count them."""
+    return rest + (1 + -(-data.bit_length() // 7) + data if data else 0)
 
 
 def unavailable(error: Any) -> UnavailableError:

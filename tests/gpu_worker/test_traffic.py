@@ -138,7 +138,9 @@ async def test_answers_say_how_long_they_were_computed(serve: Serve, monkeypatch
     """Refusals too, and only their first frame."""
     monkeypatch.setattr("wire.codec.FRAME_BYTES", 1000)
     clock = iter(np.arange(0, 100, 0.25).tolist())
-    monkeypatch.setattr("gpu_worker.compute.time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic))
+    monkeypatch.setattr(
+        "gpu_worker.compute.time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic)
+    )
     async with serve() as stub:
         await load(stub)
         stream = stub.Execute()
