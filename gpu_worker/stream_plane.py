@@ -125,9 +125,7 @@ class StreamPlane:
         def attend() -> None:
             own = peer.dup()  # closed there, while this one may be shut down here
             stream_socket.widen(own)
-            self._compute.attend(
-                Conversation(own, worker, self._ring_only, self._traffic, self._request_seconds, end)
-            )
+            self._compute.attend(Conversation(own, worker, self._ring_only, self._traffic, self._request_seconds, end))
 
         try:
             await asyncio.wrap_future(self._compute.submit(attend))

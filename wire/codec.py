@@ -71,7 +71,9 @@ class Assembler:
     """
 
     def __init__(self, header: tensor_pb2.TensorHeader, into: Array | None = None) -> None:
-        self._dtype, self._shape = _DTYPES.get(header.dtype), tuple(header.shape)
+        if header.dtype not in _DTYPES:
+            raise InvalidArgumentError("unknown tensor dtype")
+        self._dtype, self._shape = _DTYPES[header.dtype], tuple(header.shape)
         if into is None:
             self._array = np.empty(byte_length(header), np.uint8)
         elif (into.dtype, into.shape) != (self._dtype, self._shape):

@@ -79,7 +79,7 @@ def lengths(prefix: memoryview) -> tuple[int, int]:
 
 
 class Inbox:
-    """What comes on a socket. Small parts are read ahead, which saves turns; large ones go where they belong at once."""
+    """What comes on a socket. Small parts are read ahead, which saves turns; large ones go where they belong."""
 
     def __init__(self, one: socket.socket) -> None:
         self._socket = one

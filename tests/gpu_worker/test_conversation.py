@@ -34,7 +34,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def works(peer: OnSocket, number: int = 1) -> bool:
-    return (await peer.call(frames(number, RING_QKV, Z))).shape[0] == 2
+    return len(await peer.call(frames(number, RING_QKV, Z))) == len(Z)
 
 
 async def test_answers_are_those_of_grpc_bit_for_bit(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

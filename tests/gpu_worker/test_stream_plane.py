@@ -1,6 +1,7 @@
 """The stream socket's door: tickets, how many strangers may wait, drain and end."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from gpu_worker.stream_plane import TICKET_SECONDS
 from tests.gpu_worker.calling import frames, load
 from tests.gpu_worker.on_socket import attached, connect
 from tests.gpu_worker.test_server import RING_QKV, Z
@@ -102,7 +104,9 @@ async def test_there_are_so_many_tickets_and_no_more(serve: Serve, monkeypatch: 
         await peer.say(tickets[0])
         await peer.frame()
         await stub.Attach(ATTACH)
-        monkeypatch.setattr("time.monotonic", lambda clock=__import__("time").monotonic: clock() + 11)
+        assert await refusal(stub) is Status.RESOURCE_EXHAUSTED
+        clock = time.monotonic
+        monkeypatch.setattr("gpu_worker.stream_plane.time.monotonic", lambda: clock() + TICKET_SECONDS)
         await stub.Attach(ATTACH)
         peer.close()
 
