@@ -110,13 +110,14 @@ class Compute:
     def _loop(self) -> None:
         """One command, and one call of each socket, at a time: nobody waits for all that somebody else wants."""
         while not self._ended:
-            for key, _ in self._selector.select(self._patience()):
+            ready = [key for key, _ in self._selector.select(self._patience())]
+            for key in ready:
                 if key.data is None:
                     os.eventfd_read(self._wake)
                     self._commands.get()()
                 else:
                     self._go_on(key)
-            self._drop_late()
+            self._drop_late([key.data for key in ready])
         for talker in list(self._talkers):
             self._drop(talker)
         self._selector.close()
@@ -137,11 +138,13 @@ class Compute:
         deadlines = [talker.deadline for talker in self._talkers if talker.deadline is not None]
         return max(min(deadlines) - time.monotonic(), 0) if deadlines else None
 
-    def _drop_late(self) -> None:
+    def _drop_late(self, ready: list[Talker | None]) -> None:
+        """Whoever had something to say is not late: perhaps it was this thread that had no time."""
         now = time.monotonic()
         for talker in [one for one in self._talkers if one.deadline is not None and one.deadline < now]:
-            talker.give_up()
-            self._drop(talker)
+            if talker not in ready:
+                talker.give_up()
+                self._drop(talker)
 
     def _drop(self, talker: Talker) -> None:
         self._talkers.remove(talker)

@@ -89,6 +89,20 @@ def test_a_talker_over_its_deadline_is_given_up() -> None:
     compute.stop()
 
 
+def test_a_thread_that_had_no_time_does_not_blame_the_talker() -> None:
+    compute = Compute(make_nothing)
+    own, peer = socket.socketpair()
+    talker = Echo(own, time.monotonic() + 0.2)
+    with peer:
+        compute.submit(compute.attend, talker)
+        busy = compute.submit(time.sleep, 0.5)
+        peer.sendall(b"xy")
+        busy.result(10)
+        assert [peer.recv(1), peer.recv(1)] == [b"x", b"y"]
+    assert talker.closed.wait(10)
+    compute.stop()
+
+
 def test_stop_cancels_what_waits_and_closes_what_is_open() -> None:
     compute = Compute(make_nothing)
     own, peer = socket.socketpair()
