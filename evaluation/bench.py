@@ -150,12 +150,13 @@ def _budget(options: argparse.Namespace, default: int) -> str | None:
 def _more(options: argparse.Namespace) -> tuple[str, ...]:
     """Further words of the trusted worker's command line."""
     profile = ("--tee-profile", options.tee_profile) if options.tee_profile else ()
-    return (*profile, "--switch-us", str(options.switch_us)) if options.switch_us else profile
+    plane = ("--data-plane", options.data_plane) if options.data_plane != "grpc" else ()
+    return (*profile, *plane, *(("--switch-us", str(options.switch_us)) if options.switch_us else ()))
 
 
 def _header(options: argparse.Namespace, folder: Path, *names: str) -> dict[str, Any]:
     """What was measured, with the options of these names."""
-    asked = {name: getattr(options, name) for name in ("tee_profile", "switch_us", *names)}
+    asked = {name: getattr(options, name) for name in ("tee_profile", "switch_us", "data_plane", *names)}
     return {"machine": machine(), "command": sys.argv[1:], "model": folder.name, **asked}
 
 

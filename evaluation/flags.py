@@ -75,6 +75,7 @@ def _add_common(add: Callable[..., Any]) -> None:
     add("--memory-budget", type=_size, metavar="SIZE", help="of the trusted worker; default: what is needed")
     add("--tee-profile", choices=PROFILES, metavar="NAME", help=f"that of a TEE: {', '.join(PROFILES)}")
     add("--switch-us", type=_integer(0, 1_000_000), default=0, metavar="N", help="charged per exchange; default: 0")
+    add("--data-plane", choices=("grpc", "stream"), default="grpc", help="between the workers; default: grpc")
     add("--pad-bank", type=_size, metavar="SIZE", help="sealed pads of secure-infer; default: what is needed")
     add("--json", action="store_true", help="one JSON object, in the last line of stdout")
 

@@ -76,7 +76,8 @@ def soak_table(result: dict[str, Any]) -> str:
 def _head(what: str, result: dict[str, Any]) -> list[str]:
     profile = [f"in {result['tee_profile']}"] if result["tee_profile"] else []
     charged = [f"{result['switch_us']} us charged for each exchange"] if result["switch_us"] else []
-    return [", ".join([what, *profile, *charged]), result["machine"]]
+    plane = ["over the stream socket"] if result["data_plane"] == "stream" else []
+    return [", ".join([what, *profile, *plane, *charged]), result["machine"]]
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> list[str]:

@@ -7,17 +7,20 @@ import sys
 
 from gpu_worker.config import parse
 from wire import logs
+from wire.allocation import keep_freed
 from wire.errors import CleaveError
 from wire.lifetime import die_with_parent
 
 # OpenMP threads that wait actively for longer keep the cores from everybody else: twenty times slower when shared.
 SPIN_COUNT = "2000"
+KEPT_BYTES = 64 << 20  # of freed memory
 
 
 def main() -> None:
     """Serve until SIGTERM or SIGINT. Exit code 2 and one line on stderr for settings that cannot work."""
     settings = parse()
     logs.setup("gpu-worker", settings.log_format)
+    keep_freed(KEPT_BYTES)
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     from gpu_worker.service import serve
 

@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,30 +43,51 @@ class Call:
         return cast(npt.NDArray[np.float32], self.tensor)
 
 
+class _Open(NamedTuple):
+    """A call of which bytes are missing."""
+
+    operation: pb.Operation
+    model: "Model"
+    assembler: Assembler | None
+
+
 class CallReader:
     """Puts the calls of one stream together."""
 
     def __init__(self, ring_only: bool) -> None:
         self._ring_only = ring_only
         self._last_id = -1
-        self._open: tuple[pb.Operation, Model, Assembler] | None = None
+        self._open: _Open | None = None
 
     def add(self, frame: pb.ExecuteRequest, model: "Model | None") -> Call | None:
         """The call that this frame completes, if it does. Raises a CleaveError, after which the stream is over."""
+        self.place(frame, len(frame.data), model)[:] = frame.data
+        return self.complete()
+
+    def place(self, frame: pb.ExecuteRequest, size: int, model: "Model | None") -> memoryview:
+        """Where the `size` bytes of data of this frame belong. Raises a CleaveError, after which the stream is over."""
         if self._open is None:
-            call = self._begin(frame, model)
-            if call is not None:
-                return call
+            self._begin(frame, size, model)
         elif frame.id != self._last_id or frame.HasField("operation") or frame.HasField("header"):
             raise InvalidArgumentError("the frames of a call must follow each other")
-        return self._append(frame)
+        assembler = cast(_Open, self._open).assembler
+        return memoryview(bytearray()) if assembler is None else assembler.place(size)
+
+    def complete(self) -> Call | None:
+        """The call, once the last place is filled."""
+        opened = cast(_Open, self._open)
+        if opened.assembler is not None and not opened.assembler.done:
+            return None
+        self._open = None
+        tensor = None if opened.assembler is None else opened.assembler.array()
+        return Call(self._last_id, opened.operation, opened.model, tensor)
 
     def finish(self) -> None:
         """The peer sends no more. Raises InvalidArgumentError when a call is incomplete."""
         if self._open is not None:
             raise InvalidArgumentError("the stream ended within a call")
 
-    def _begin(self, frame: pb.ExecuteRequest, model: "Model | None") -> Call | None:
+    def _begin(self, frame: pb.ExecuteRequest, size: int, model: "Model | None") -> None:
         if frame.id <= self._last_id:
             raise InvalidArgumentError("call ids must increase")
         self._last_id = frame.id
@@ -75,12 +96,12 @@ class CallReader:
             raise PreconditionError("no model is loaded: call Load first")
         expected = expected_tensor(frame.operation, model.config)
         if expected is None:
-            if frame.HasField("header") or frame.data:
+            if frame.HasField("header") or size:
                 raise InvalidArgumentError("this operation takes no tensor")
-            return Call(frame.id, frame.operation, model, None)
+            self._open = _Open(frame.operation, model, None)
+            return
         expected.check(frame.header)
-        self._open = (frame.operation, model, Assembler(frame.header))
-        return None
+        self._open = _Open(frame.operation, model, Assembler(frame.header))
 
     def _check_served(self, operation: pb.Operation) -> None:
         kind = operation.WhichOneof("kind")
@@ -88,11 +109,3 @@ class CallReader:
             raise InvalidArgumentError("unknown operation")
         if self._ring_only and kind not in RING:
             raise DeniedError("this worker serves ring products only")
-
-    def _append(self, frame: pb.ExecuteRequest) -> Call | None:
-        operation, model, assembler = cast("tuple[pb.Operation, Model, Assembler]", self._open)
-        assembler.add(frame.data)
-        if not assembler.done:
-            return None
-        self._open = None
-        return Call(frame.id, operation, model, assembler.array())

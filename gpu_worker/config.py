@@ -19,6 +19,7 @@ class Settings:
     """What a GPU worker is told when it starts."""
 
     listen: str
+    stream: str | None  # None: no stream socket
     model: list[Path]
     device: str
     ops: str
@@ -72,12 +73,20 @@ def parse(arguments: list[str] | None = None) -> Settings:
     )
     _add_flags(parser)
     tls.add_flags(parser)
-    return Settings(**settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX))
+    given = settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX)
+    given["stream"] = given["stream"] or settings.stream_beside(given["listen"])
+    return Settings(**given)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--listen", type=_address, default="127.0.0.1:0", metavar="ADDR", help="HOST:PORT (0: any port) or unix:PATH")
+    add(
+        "--stream",
+        type=settings.stream_address,
+        metavar="ADDR",
+        help="unix:PATH or vsock:CID:PORT of the stream socket (default: beside a Unix socket, PATH.stream; else none)",
+    )
     add("--model", required=True, action="append", type=Path, metavar="DIR", help="a model; may be repeated")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda where there is one")
     add("--ops", choices=("all", "ring"), default="all", help="ring: refuse everything but ring products")

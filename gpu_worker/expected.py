@@ -37,12 +37,12 @@ class Expected:
 
     def check(self, header: tensor_pb2.TensorHeader) -> None:
         """Raises InvalidArgumentError for any other tensor."""
-        if header.dtype != self.dtype or len(header.shape) != len(self.shape):
-            raise InvalidArgumentError("the operation takes a tensor of another dtype or rank")
         shape = tuple(header.shape)
+        if header.dtype != self.dtype or len(shape) != len(self.shape):
+            raise InvalidArgumentError("the operation takes a tensor of another dtype or rank")
         if not 1 <= shape[0] <= self.most_rows:
             raise InvalidArgumentError(f"the tensor of this operation has 1 to {self.most_rows} rows")
-        if any(wanted not in (None, extent) for wanted, extent in zip(self.shape, shape, strict=True)):
+        if self.shape[0] not in (None, shape[0]) or self.shape[1:] != shape[1:]:
             raise InvalidArgumentError("the operation takes a tensor of another shape")
         wanted_rows = self.logit_rows
         if wanted_rows is not None and (len(wanted_rows) > shape[0] or any(row >= shape[0] for row in wanted_rows)):

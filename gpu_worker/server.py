@@ -16,10 +16,11 @@ import grpc.aio
 
 from gpu_worker.calls import Call, CallReader
 from gpu_worker.compute import Compute, Outcome, carry_out
+from gpu_worker.stream_plane import StreamPlane
 from gpu_worker.traffic import MAX_STREAMS, Traffic
 from wire.channel import server_options
 from wire.codec import MAX_ROWS, header_of, split
-from wire.errors import CleaveError, DeadlineError
+from wire.errors import CleaveError, DeadlineError, PreconditionError
 from wire.messages import Parser
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
@@ -46,8 +47,9 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         ring_only: bool,
         traffic: Traffic | None = None,
         request_seconds: float = REQUEST_SECONDS,
+        plane: StreamPlane | None = None,
     ) -> None:
-        self._compute = compute
+        self._compute, self._plane = compute, plane
         self._models = models
         self._ring_only = ring_only
         self._traffic = traffic or Traffic()
@@ -64,12 +66,22 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     async def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
         """Make a model ready."""
         try:
-            with self._traffic.stream(), self._traffic.call():
+            with self._traffic.stream(), self._traffic.grpc:
                 worker = await self._compute.worker()
                 await self._compute.run(worker.load, request.model, request.precision)
         except Exception as error:
             await _abort(context, error)
         return pb.LoadResponse()
+
+    async def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachResponse:
+        """A ticket for the stream socket."""
+        try:
+            if self._plane is None:
+                raise PreconditionError("this worker has no stream socket: start it with --stream ADDR")
+            ticket = self._plane.issue()
+        except Exception as error:
+            await _abort(context, error)
+        return pb.AttachResponse(ticket=ticket)
 
     async def Execute(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ExecuteRequest], context: Any
@@ -83,10 +95,10 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
                 try:
                     await self._converse(aiter(request_iterator), context)
                 except Exception as error:
-                    self._traffic.refused += 1
+                    self._traffic.grpc.refused += 1
                     await _abort(context, error)
         except CleaveError as error:
-            self._traffic.refused += 1
+            self._traffic.grpc.refused += 1
             await _abort(context, error)
         except asyncio.CancelledError:
             return  # the peer left, or the server stops: there is nobody to tell
@@ -105,12 +117,11 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         """Between calls a stream may be idle for as long as it likes."""
         reader = CallReader(self._ring_only)
         async for first in frames:
-            with self._traffic.call():
+            with self._traffic.grpc:
                 call = await self._within(self._read(reader, first, frames, worker))
                 if call is None:
                     break
-                outcome = await self._compute.run(carry_out, worker, call, stream)
-                self._traffic.compute.observe(outcome.seconds)
+                outcome = await self._compute.run(carry_out, worker, call, stream, self._traffic.compute)
                 await self._within(self._answer(call.id, outcome, context))
         reader.finish()
 
@@ -126,13 +137,13 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         self, reader: CallReader, frame: pb.ExecuteRequest, frames: AsyncIterator[pb.ExecuteRequest], worker: "Worker"
     ) -> Call | None:
         """The call that begins with this frame; None when the frames end before it does."""
-        self._traffic.received += len(frame.data)
+        self._traffic.grpc.received += len(frame.data)
         call = reader.add(frame, worker.model)
         while call is None:
             following = await anext(frames, None)
             if following is None:
                 return None
-            self._traffic.received += len(following.data)
+            self._traffic.grpc.received += len(following.data)
             call = reader.add(following, worker.model)
         return call
 
@@ -140,7 +151,7 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         """Send what became of a call, frame by frame; only the first frame carries more than data."""
         first = pb.ExecuteResponse(id=number, compute_us=outcome.microseconds)
         if outcome.refused is not None:
-            self._traffic.refused += 1
+            self._traffic.grpc.refused += 1
             first.refused = outcome.refused.code.value[0]
             log.warning("a call was refused: %s", type(outcome.refused).__name__)
         if outcome.result is None:
@@ -151,7 +162,7 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
             response = pb.ExecuteResponse(id=number) if position else first
             response.data = data
             await context.write(response)
-            self._traffic.sent += len(data)
+            self._traffic.grpc.sent += len(data)
 
 
 def make_server(servicer: Servicer) -> grpc.aio.Server:

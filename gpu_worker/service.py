@@ -14,6 +14,7 @@ import grpc.aio
 from gpu_worker.compute import Compute
 from gpu_worker.config import Settings
 from gpu_worker.server import Servicer, make_server
+from gpu_worker.stream_plane import StreamPlane
 from gpu_worker.traffic import Traffic
 from wire import metrics
 from wire.errors import PreconditionError
@@ -34,7 +35,8 @@ async def serve(settings: Settings) -> None:
     folders, traffic, last = settings.folders(), Traffic(), asyncio.Event()
     stop = _on_signals(last)
     compute = Compute(partial(_make_worker, settings, folders))
-    server = make_server(Servicer(compute, list(folders), settings.ring_only, traffic, settings.request_seconds))
+    plane = _plane(settings, compute, traffic)
+    server = make_server(Servicer(compute, list(folders), settings.ring_only, traffic, settings.request_seconds, plane))
     healthy = Health(NAME)
     await healthy.add(server)
     if settings.reflection:
@@ -53,6 +55,8 @@ async def serve(settings: Settings) -> None:
         await _first_of(traffic.quiet(), last.wait(), seconds=settings.drain_seconds)
     finally:
         await server.stop(None if last.is_set() else GRACE_SECONDS)
+        if plane is not None:
+            await plane.stop()
         if page is not None:
             page.close()
         compute.stop()
@@ -68,6 +72,13 @@ def _on_signals(last: asyncio.Event) -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, count)
     return stop
+
+
+def _plane(settings: Settings, compute: Compute, traffic: Traffic) -> StreamPlane | None:
+    """Raises PreconditionError for a socket that cannot be."""
+    if settings.stream is None:
+        return None
+    return StreamPlane(settings.stream, compute, settings.ring_only, traffic, settings.request_seconds)
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:

@@ -1,6 +1,6 @@
 """Streams and calls as they come and go: how many there may be, what was counted, and when the worker is quiet.
 
-Only the asyncio thread comes here.
+Streams are opened and closed in the asyncio thread, on both planes.
 """
 
 import asyncio
@@ -15,13 +15,30 @@ QUIET_SECONDS = 0.5  # a peer between two calls of one step is not done
 POLL_SECONDS = 0.05
 
 
+class Counts:
+    """What crossed on one plane. Written by the thread that serves it, read by any.
+
+    `with counts:` while a call is in flight: from its first frame until its answer is handed over.
+    """
+
+    def __init__(self) -> None:
+        self.calls = self.busy = self.refused = self.received = self.sent = 0
+
+    def __enter__(self) -> None:
+        self.calls += 1
+        self.busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.busy -= 1
+
+
 class Traffic:
     """Counters of this process, and its last word about what may begin."""
 
     def __init__(self) -> None:
-        self.streams = self.busy = 0
-        self.calls = self.refused = self.received = self.sent = 0
-        self.compute = Histogram()
+        self.streams = 0  # on both planes
+        self.grpc, self.sockets = Counts(), Counts()  # of the asyncio thread, of the compute thread
+        self.compute = Histogram()  # of the compute thread
         self.draining = False
 
     @contextmanager
@@ -37,15 +54,30 @@ class Traffic:
         finally:
             self.streams -= 1
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """While a call is in flight: from its first frame until its answer is handed over."""
-        self.calls += 1
-        self.busy += 1
-        try:
-            yield
-        finally:
-            self.busy -= 1
+    @property
+    def calls(self) -> int:
+        """Calls and Loads that began."""
+        return self.grpc.calls + self.sockets.calls
+
+    @property
+    def busy(self) -> int:
+        """Calls and Loads in flight."""
+        return self.grpc.busy + self.sockets.busy
+
+    @property
+    def refused(self) -> int:
+        """Calls and streams."""
+        return self.grpc.refused + self.sockets.refused
+
+    @property
+    def received(self) -> int:
+        """Bytes of tensors."""
+        return self.grpc.received + self.sockets.received
+
+    @property
+    def sent(self) -> int:
+        """Bytes of tensors."""
+        return self.grpc.sent + self.sockets.sent
 
     async def quiet(self) -> None:
         """Returns when no stream is left, or when no call was in flight for QUIET_SECONDS."""

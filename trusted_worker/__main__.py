@@ -9,9 +9,11 @@ from typing import NoReturn
 
 from trusted_worker.config import parse
 from wire import logs
+from wire.allocation import keep_freed
 from wire.errors import CleaveError
 from wire.lifetime import die_with_parent
 
+KEPT_BYTES = 8 << 20  # of freed memory: frames, not more
 _PRCTL = {"not dumpable": (4, 0), "no new privileges": (38, 1)}  # PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS
 
 
@@ -30,6 +32,7 @@ def main() -> None:
         if settings.parent is not None:
             die_with_parent(settings.parent)
         _harden()
+        keep_freed(KEPT_BYTES)
         limit = process_limit.enforce(settings.memory_budget, settings.process_memory, settings.spill_dir)
         serving.run(settings, limit)
     except CleaveError as error:

@@ -16,6 +16,7 @@ PRECISIONS = ("float32", "int8")
 PREFILL = ("auto", "inside", "worker")
 KV_TYPES = ("float32", "float16", "int8")
 EMBED = ("auto", "client")
+DATA_PLANES = ("grpc", "stream")
 EVIDENCE = ("none", "tsm")
 TSM_DIR = Path("/sys/kernel/config/tsm/report")
 MOST_PERTURBATION = 8.0  # logits
@@ -30,6 +31,8 @@ class Settings:
 
     listen: str
     gpu_worker: str
+    data_plane: str
+    stream: str | None  # address; None: calls go over gRPC
     model: Path
     scheme: str
     precision: str
@@ -124,6 +127,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     for name in ("certificates", "collateral", "insecure_clear_adapter"):
         given[name] = given[name] or []
     _check(parser, given)
+    given["stream"] = _stream(parser, given)
     try:
         given["memory_budget"] = profiles.budget(given["tee_profile"], given["memory_budget"], DEFAULT_BUDGET)
     except ValueError as error:
@@ -148,6 +152,18 @@ def _check(parser: argparse.ArgumentParser, given: dict[str, Any]) -> None:
         parser.error(f"--switch-us {given['switch_us']} is more than a second")
     if scheme in ("kv-shield", "plain") and given["embed"] == "client":
         parser.error("--embed client is for schemes whose decoder runs in the trusted worker; this one embeds outside")
+
+
+def _stream(parser: argparse.ArgumentParser, given: dict[str, Any]) -> str | None:
+    """The address that calls go to, where they do not go over gRPC."""
+    if given["data_plane"] == "grpc" or given["scheme"] == "tee-only":
+        if given["stream"] and given["data_plane"] == "grpc":
+            parser.error("--stream belongs to --data-plane stream")
+        return None
+    address: str | None = given["stream"] or settings.stream_beside(given["gpu_worker"])
+    if address is None:
+        parser.error("--data-plane stream needs a GPU worker on a Unix socket, or --stream ADDR as that worker has it")
+    return address
 
 
 def _add_kv_shield_flags(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +227,13 @@ def _add_service_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", help="HOST:PORT or unix:PATH for clients")
     add("--gpu-worker", default="", help="HOST:PORT or unix:PATH of the GPU worker")
+    add("--data-plane", choices=DATA_PLANES, default="grpc", help="to the GPU worker (default: grpc)")
+    add(
+        "--stream",
+        type=settings.stream_address,
+        metavar="ADDR",
+        help="unix:PATH or vsock:CID:PORT, of the GPU worker (default: beside its Unix socket, PATH.stream)",
+    )
     add("--reflection", action="store_true", help="answer gRPC reflection")
     add("--metrics", metavar="HOST:PORT", help="Prometheus endpoint on this machine (default: none)")
     add("--log-format", choices=logs.FORMATS, default="text")

@@ -5,14 +5,15 @@ length, copied once, into the caller's array; anything else is a VerificationErr
 `expire`, called from the asyncio thread, cancels a call that is over it.
 """
 
-import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import grpc
 
+from trusted_worker.grpc_plane import GrpcPlane, unavailable
+from trusted_worker.stream_plane import StreamPlane
 from wire import channel, codec
 from wire.errors import (
     CleaveError,
@@ -42,9 +43,33 @@ class Traffic:
     worker_seconds: float = 0.0  # of these, what the GPU worker says that it computed
 
 
+class Plane(Protocol):
+    """What carries the frames of one stream. Raises UnavailableError when it has ended."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended while nothing was asked of it."""
+
+    def send(self, frame: pb.ExecuteRequest, data: memoryview) -> int:
+        """One frame with its data. How many bytes that were."""
+
+    def receive(self) -> tuple[pb.ExecuteResponse, int, int]:
+        """The next frame, how many bytes of data it has, and how many it has altogether."""
+
+    def take(self, place: memoryview) -> None:
+        """The data of that frame, copied to where they belong."""
+
+    def cancel(self) -> None:
+        """Have it end, and whoever waits for it wake up. From any thread."""
+
+    def close(self) -> None:
+        """Give it back."""
+
+
 class GpuWorker:
     """A connection that is made when it is needed, and made again when it broke.
 
+    `stream`: the address of the worker's stream socket, for calls to go there instead of over gRPC.
     `switch_us`: microseconds that each exchange takes longer, as leaving a TEE and coming back would.
     """
 
@@ -57,7 +82,9 @@ class GpuWorker:
         connect_seconds: float = 10.0,
         tls: Tls | None = None,
         switch_us: int = 0,
+        stream: str | None = None,
     ) -> None:
+        self._stream_address = stream
         self._switch_seconds = switch_us / 1e6
         self._connect_seconds, self._tls = connect_seconds, tls
         self.traffic = Traffic()
@@ -65,8 +92,7 @@ class GpuWorker:
         self.greet: Callable[[], None] | None = None  # runs on every new stream before anything else
         self._target, self._model, self._precision, self._seconds = target, model, precision, seconds
         self._channel: grpc.Channel | None = None
-        self._requests: queue.SimpleQueue[pb.ExecuteRequest | None] = queue.SimpleQueue()
-        self._responses: Any = None
+        self._plane: Plane | None = None
         self._started: float | None = None
         self._claimed = 0.0  # seconds that the worker says it computed
         self._id = 0
@@ -93,27 +119,30 @@ class GpuWorker:
         try:
             stub.Describe(pb.DescribeRequest(), timeout=self._connect_seconds, wait_for_ready=patient)
             stub.Load(pb.LoadRequest(model=self._model, precision=self._precision), timeout=LOAD_SECONDS)
+            self._plane = self._open_plane(stub)
         except grpc.RpcError as error:
             self.close()
-            raise _local_error(error) from None
-        self._requests = queue.SimpleQueue()
-        self._responses = stub.Execute(iter(self._requests.get, None))
+            raise unavailable(error) from None
+        except CleaveError:
+            self.close()
+            raise
         if self.greet is not None:
             self.greet()
 
     def close(self) -> None:
         """End the stream; the worker drops what it reserved for it."""
+        if self._plane is not None:
+            self._plane.close()
         if self._channel is not None:
             self._stream += 1
-            self._requests.put(None)
             self._channel.close()
-        self._channel, self._responses = None, None
+        self._channel, self._plane = None, None
 
     def expire(self) -> None:
         """Cancel the call in flight if it is over its deadline. Safe to call from another thread."""
-        started, responses = self._started, self._responses
-        if started is not None and responses is not None and time.monotonic() - started > self._seconds:
-            responses.cancel()
+        started, plane = self._started, self._plane
+        if started is not None and plane is not None and time.monotonic() - started > self._seconds:
+            plane.cancel()
 
     def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
         """One exchange. The answer fills `into`, C-contiguous; None for an operation that answers without a tensor.
@@ -122,19 +151,20 @@ class GpuWorker:
         none comes. `into` holds junk then.
         """
         self._notice_end()
-        if self._responses is None:
+        if self._plane is None:
             self.connect()
         self._started = time.monotonic()
         try:
             self._switch()
-            self._send(operation, array)
-            self._receive(into)
-        except grpc.RpcError as error:
-            late = time.monotonic() - self._started > self._seconds
-            self.close()
-            raise DeadlineError("the GPU worker did not answer in time") if late else _local_error(error) from None
+            self._exchange(cast(Plane, self._plane), operation, array, into)
         except _Refused as refused:  # this call only
             raise _refusal(refused.number) from None
+        except UnavailableError:
+            late = time.monotonic() - self._started > self._seconds
+            self.close()
+            if late:
+                raise DeadlineError("the GPU worker did not answer in time") from None
+            raise
         except CleaveError:
             self.close()
             raise
@@ -145,9 +175,15 @@ class GpuWorker:
             self._started, self._claimed = None, 0.0
         self.traffic.exchanges += 1
 
+    def _open_plane(self, stub: gpu_worker_pb2_grpc.GpuWorkerServiceStub) -> Plane:
+        if self._stream_address is None:
+            return GrpcPlane(stub)
+        ticket = stub.Attach(pb.AttachRequest(), timeout=self._connect_seconds).ticket
+        return StreamPlane(self._stream_address, ticket, self._connect_seconds)
+
     def _notice_end(self) -> None:
         """A stream that ended between two calls is no error: nothing was on it."""
-        if self._responses is not None and not self._responses.is_active():
+        if self._plane is not None and self._plane.ended:
             self.close()
 
     def _switch(self) -> None:
@@ -160,44 +196,41 @@ class GpuWorker:
             while time.perf_counter() < end:
                 pass
 
-    def _send(self, operation: pb.Operation, array: codec.Array | None) -> None:
+    def _exchange(
+        self, plane: Plane, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None
+    ) -> None:
         self._id += 1
         header = codec.header_of(array) if array is not None else None
-        for index, data in enumerate(codec.split(array) if array is not None else [b""]):
-            frame = pb.ExecuteRequest(id=self._id, data=data)
-            if index == 0:
-                frame.operation.CopyFrom(operation)
-                if header is not None:
-                    frame.header.CopyFrom(header)
-            self.traffic.bytes_up += frame.ByteSize()
-            self._requests.put(frame)
-
-    def _receive(self, into: codec.Array | None) -> None:
-        frames = self._frames()
-        first = next(frames)
+        frame = pb.ExecuteRequest(id=self._id, operation=operation, header=header)
+        for data in codec.pieces(array) if array is not None else [memoryview(b"")]:
+            self.traffic.bytes_up += plane.send(frame, data)
+            frame = pb.ExecuteRequest(id=self._id)
+        first, size = self._receive(plane)
         self._claimed = first.compute_us / 1e6
         if first.refused:
             raise _Refused(first.refused)
-        if into is None:
-            return
+        if into is not None:
+            self._assemble(plane, first, size, into)
+        elif size:
+            raise VerificationError
+
+    def _assemble(self, plane: Plane, first: pb.ExecuteResponse, size: int, into: codec.Array) -> None:
         try:
             assembler = codec.Assembler(first.header, into)
-            assembler.add(first.data)
+            plane.take(assembler.place(size))
             while not assembler.done:
-                assembler.add(next(frames).data)
+                _, size = self._receive(plane)
+                plane.take(assembler.place(size))
         except InvalidArgumentError:
             raise VerificationError from None
 
-    def _frames(self) -> Iterator[pb.ExecuteResponse]:
-        while True:
-            try:
-                frame = next(self._responses)
-            except StopIteration:
-                raise UnavailableError("the GPU worker closed the stream") from None
-            self.traffic.bytes_down += frame.ByteSize()
-            if frame.id != self._id:
-                raise VerificationError
-            yield frame
+    def _receive(self, plane: Plane) -> tuple[pb.ExecuteResponse, int]:
+        """The next frame of this call, and how many bytes of data it has."""
+        frame, size, total = plane.receive()
+        self.traffic.bytes_down += total
+        if frame.id != self._id or (frame.refused and size):
+            raise VerificationError
+        return frame, size
 
 
 class _Refused(Exception):  # noqa: N818  (not an error of the stream)
@@ -215,9 +248,3 @@ def _refusal(number: int) -> CleaveError:
     if number == grpc.StatusCode.OUT_OF_RANGE.value[0]:
         return ContextError("the GPU worker's context is full")
     return UnavailableError(f"the GPU worker refused a call (status {number})")
-
-
-def _local_error(error: Any) -> CleaveError:
-    """The worker's status in our own words: it is untrusted, so its text goes nowhere."""
-    code: grpc.StatusCode = error.code()
-    return UnavailableError(f"the GPU worker is not available ({code.name})")

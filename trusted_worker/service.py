@@ -53,6 +53,7 @@ class Service:
             settings.connect_seconds,
             from_flags(settings.tls_certificate, settings.tls_key, settings.tls_authority),
             settings.switch_us,
+            settings.stream,
         )
         self.draining = False
         self._noise_key = secrets.token_bytes(KEY_BYTES)

@@ -7,7 +7,6 @@ Bounds come before bytes: dtype from a closed enum, shape product against MAX_TE
 The assembler copies what comes, once, into memory of ours: a peer cannot rewrite it afterwards.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -40,21 +39,29 @@ def header_of(array: Array) -> tensor_pb2.TensorHeader:
 
 def byte_length(header: tensor_pb2.TensorHeader) -> int:
     """Bytes that the header announces. Raises InvalidArgumentError when dtype, rank or size are out of bounds."""
+    shape = header.shape
     if header.dtype not in _DTYPES:
         raise InvalidArgumentError("unknown tensor dtype")
-    if not 1 <= len(header.shape) <= MAX_RANK:
+    if not 1 <= len(shape) <= MAX_RANK:
         raise InvalidArgumentError(f"tensor rank must be 1 to {MAX_RANK}")
-    itemsize = _DTYPES[header.dtype].itemsize
-    if math.prod(max(extent, 1) for extent in header.shape) * itemsize > MAX_TENSOR_BYTES:
+    size = bounded = _DTYPES[header.dtype].itemsize
+    for extent in shape:
+        size, bounded = size * extent, bounded * max(extent, 1)
+    if bounded > MAX_TENSOR_BYTES:
         raise InvalidArgumentError(f"tensor is over the limit of {MAX_TENSOR_BYTES} bytes")
-    return math.prod(header.shape) * itemsize
+    return size
+
+
+def pieces(array: Array) -> Iterator[memoryview]:
+    """The data of an array, frame by frame, in its own memory; at least one frame, which may be empty."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    for start in range(0, max(len(data), 1), FRAME_BYTES):
+        yield data[start : start + FRAME_BYTES]
 
 
 def split(array: Array) -> Iterator[bytes]:
-    """The data of an array, frame by frame; at least one frame, which may be empty."""
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    for start in range(0, max(len(data), 1), FRAME_BYTES):
-        yield data[start : start + FRAME_BYTES].tobytes()
+    """The same, as copies."""
+    return (piece.tobytes() for piece in pieces(array))
 
 
 class Assembler:
@@ -64,14 +71,16 @@ class Assembler:
     """
 
     def __init__(self, header: tensor_pb2.TensorHeader, into: Array | None = None) -> None:
-        size = byte_length(header)
-        self.dtype, self.shape = _DTYPES[header.dtype], tuple(header.shape)
+        if header.dtype not in _DTYPES:
+            raise InvalidArgumentError("unknown tensor dtype")
+        self._dtype, self._shape = _DTYPES[header.dtype], tuple(header.shape)
         if into is None:
-            self._data = np.empty(size, np.uint8)
-        elif (into.dtype, into.shape) != (self.dtype, self.shape):
+            self._array = np.empty(byte_length(header), np.uint8)
+        elif (into.dtype, into.shape) != (self._dtype, self._shape):
             raise InvalidArgumentError("this tensor was not asked for")
         else:
-            self._data = np.frombuffer(into, np.uint8)  # shares its memory; ValueError where that is not contiguous
+            self._array = np.frombuffer(into, np.uint8)  # shares its memory; ValueError where that is not contiguous
+        self._data = self._array.data
         self._filled = 0
         self._begun = False
 
@@ -82,16 +91,20 @@ class Assembler:
 
     def add(self, data: bytes) -> None:
         """Copy one frame's data in. Raises InvalidArgumentError for an empty, too long or superfluous frame."""
-        end = self._filled + len(data)
+        self.place(len(data))[:] = data
+
+    def place(self, size: int) -> memoryview:
+        """Where one frame's data belong, which counts as filled; the caller fills it at once. Raises as `add` does."""
+        start, end = self._filled, self._filled + size
         superfluous = self._begun and self.done
-        missing = len(data) == 0 and len(self._data) > 0
-        if superfluous or missing or len(data) > FRAME_BYTES or end > len(self._data):
+        missing = size == 0 and len(self._data) > 0
+        if superfluous or missing or size > FRAME_BYTES or end > len(self._data):
             raise InvalidArgumentError("frame does not match the announced tensor")
-        self._data[self._filled : end] = np.frombuffer(data, np.uint8)
         self._filled, self._begun = end, True
+        return self._data[start:end]
 
     def array(self) -> Array:
         """The assembled tensor: writable, C-contiguous, and no memory of the peer's."""
         if not self.done:
             raise InvalidArgumentError("tensor is incomplete")
-        return cast(Array, self._data.view(self.dtype).reshape(self.shape))
+        return cast(Array, self._array.view(self._dtype).reshape(self._shape))

@@ -41,6 +41,21 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], prefix: str) ->
     return {name: value for name, value in resolved.items() if name not in _META}
 
 
+def stream_address(text: str) -> str:
+    """`text` itself: unix:PATH or vsock:CID:PORT. Raises ValueError for anything else."""
+    kind, _, rest = text.partition(":")
+    numbers = rest.split(":")
+    vsock = len(numbers) == 2 and all(one.isascii() and one.isdecimal() and int(one) < 1 << 32 for one in numbers)
+    if not (kind == "unix" and rest) and not (kind == "vsock" and vsock):
+        raise ValueError(f"{text!r} is neither unix:PATH nor vsock:CID:PORT")
+    return text
+
+
+def stream_beside(listen: str) -> str | None:
+    """The stream socket of a GPU worker that listens there for gRPC, where no other is named."""
+    return f"{listen}.stream" if listen.startswith("unix:") else None
+
+
 def as_toml(settings: Mapping[str, Any]) -> str:
     """The settings as a file that `--config` reads; what is not set is left out."""
     given = {key: value for key, value in settings.items() if value is not None}

@@ -135,7 +135,7 @@ def test_speeds_are_medians_and_counts_are_means() -> None:
 
 def result(*points: Point) -> dict[str, object]:
     what = {"model": "demo", "machine": "m", "context": 32, "long_context": 900, "tokens": 10, "batch": 1, "repeat": 2}
-    return what | {"tee_profile": "", "switch_us": 0, "points": as_dicts(points)}
+    return what | {"tee_profile": "", "switch_us": 0, "data_plane": "grpc", "points": as_dicts(points)}
 
 
 def test_json_has_the_keys_that_others_read() -> None:
@@ -159,6 +159,10 @@ def test_the_table_has_a_line_for_every_speed_and_one_for_a_refusal() -> None:
 
 
 def test_what_was_charged_and_the_profile_stand_above_the_table() -> None:
-    changed = result(streamed()) | {"switch_us": 20, "tee_profile": "optee"}
-    assert curve_table(changed).splitlines()[0].endswith(", in optee, 20 us charged for each exchange")
+    changed = result(streamed()) | {"switch_us": 20, "tee_profile": "optee", "data_plane": "stream"}
+    assert (
+        curve_table(changed)
+        .splitlines()[0]
+        .endswith(", in optee, over the stream socket, 20 us charged for each exchange")
+    )
     assert "charged" not in curve_table(result(streamed()))

@@ -131,7 +131,7 @@ def test_what_its_arena_grew_by_is_not_counted(late: int, flat: bool) -> None:
 def test_the_table_of_a_soak_says_what_was_allowed() -> None:
     row = {"scheme": "secure-infer", "precision": "int8", **good().report(), "problems": ["client 5 got no answer"]}
     what = {"model": "demo", "machine": "m", "clients": 8, "minutes": 0.5, "seed": 0, "tee_profile": "optee"}
-    lines = soak_table(what | {"switch_us": 0, "soaks": [row]}).splitlines()
+    lines = soak_table(what | {"switch_us": 0, "data_plane": "grpc", "soaks": [row]}).splitlines()
     assert lines[0] == "demo, 8 clients, 0.5 minutes, seed 0, in optee"
     assert "- client: 50 MiB early, 51 MiB late (60 allowed), at most 60" in lines
     assert "- GPU worker: too few samples of its memory" in lines

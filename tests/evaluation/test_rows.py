@@ -75,7 +75,7 @@ def test_json_has_the_keys_that_others_read() -> None:
 
 def test_the_table_has_a_line_for_every_row() -> None:
     what = {"model": "demo", "context": 3, "tokens": 10, "batch": 1, "repeat": 3, "interleaved": "x", "machine": "m"}
-    what |= {"tee_profile": "", "switch_us": 0}
+    what |= {"tee_profile": "", "switch_us": 0, "data_plane": "grpc"}
     lines = bench_table(what | {"rows": as_dicts(rows())}).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 3

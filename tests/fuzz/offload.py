@@ -6,6 +6,7 @@ Entry: X, the number of the call that is made, and the frames that come back as 
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.mutate import Mutator
+from trusted_worker.grpc_plane import GrpcPlane
 from trusted_worker.offload import GpuWorker
 from wire.codec import Array, header_of
 from wire.errors import (
@@ -121,7 +123,8 @@ class OffloadTarget:
         operation, array, shape, dtype = TEMPLATES[entry[1] % len(TEMPLATES)]
         frames = unpack(entry[2:])
         into: Any = None if shape is None else np.zeros(shape, dtype)
-        self._worker._responses = _Answers(frames)
+        answers = _Answers(frames)
+        self._worker._plane = GrpcPlane(SimpleNamespace(Execute=lambda requests: answers))  # type: ignore[arg-type]
         self._worker._id = self._id
         self._id += 1
         try:
@@ -130,9 +133,6 @@ class OffloadTarget:
             if not isinstance(error, ALLOWED) or "chose" in str(error):
                 raise Bug(f"offload: {type(error).__name__} {error}") from error
             raise
-        finally:
-            while not self._worker._requests.empty():
-                self._worker._requests.get_nowait()
         if into is not None:
             header = pb.ExecuteResponse.FromString(frames[0]).header
             if (header.dtype, tuple(header.shape)) != (header_of(into).dtype, into.shape):

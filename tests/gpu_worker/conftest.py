@@ -14,6 +14,7 @@ import torch
 
 from gpu_worker.compute import Compute
 from gpu_worker.server import Servicer, make_server
+from gpu_worker.stream_plane import StreamPlane
 from gpu_worker.traffic import Traffic
 from gpu_worker.worker import Worker
 from tests.model_folders import ASIDE, MODELS
@@ -59,7 +60,8 @@ def worker(model_folders: dict[str, Path]) -> Worker:
 @pytest.fixture
 def serve(model_folders: dict[str, Path], tmp_path: Path) -> Serve:
     """`async with serve(ring_only=False) as stub`: a worker in this process. `stub.raw_execute` sends bare bytes;
-    `stub.traffic` and `stub.compute` are the worker's, `stub.connect()` is another connection.
+    `stub.traffic`, `stub.compute` and `stub.plane` are the worker's, `stub.connect()` is another connection, and
+    `stub.socket` the path of its stream socket.
     """
 
     @asynccontextmanager
@@ -69,7 +71,8 @@ def serve(model_folders: dict[str, Path], tmp_path: Path) -> Serve:
             return Worker(model_folders, "cpu", ring_only)
 
         compute, traffic = Compute(make_worker), Traffic()
-        server = make_server(Servicer(compute, list(model_folders), ring_only, traffic, request_seconds))
+        plane = StreamPlane(f"unix:{tmp_path}/stream", compute, ring_only, traffic, request_seconds)
+        server = make_server(Servicer(compute, list(model_folders), ring_only, traffic, request_seconds, plane))
         address = f"unix:{tmp_path}/worker"
         server.add_insecure_port(address)
         await server.start()
@@ -83,9 +86,11 @@ def serve(model_folders: dict[str, Path], tmp_path: Path) -> Serve:
         async with grpc.aio.insecure_channel(address, options=client_options()) as channel:
             stub: Any = gpu_worker_pb2_grpc.GpuWorkerServiceStub(channel)
             stub.traffic, stub.compute, stub.connect = traffic, compute, connect
+            stub.plane, stub.socket = plane, f"{tmp_path}/stream"
             stub.raw_execute = channel.stream_stream("/wire.v1.GpuWorkerService/Execute")
             yield stub
         await server.stop(0)
+        await plane.stop()
         compute.stop()
 
     return start

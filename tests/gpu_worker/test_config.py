@@ -22,6 +22,14 @@ def test_defaults() -> None:
     assert settings.threads >= 1
     assert (settings.ring_only, settings.reflection, settings.metrics, settings.tls()) == (False, False, None, None)
     assert (settings.request_seconds, settings.drain_seconds) == (60, 5)
+    assert settings.stream is None
+
+
+def test_the_stream_socket_lies_beside_a_unix_socket_or_where_it_is_told() -> None:
+    assert parse(["--model=one", "--listen=unix:/run/gpu"]).stream == "unix:/run/gpu.stream"
+    for listen in ("unix:/run/gpu", "127.0.0.1:0"):
+        told = parse(["--model=one", f"--listen={listen}", "--stream=vsock:4294967295:5000"])
+        assert told.stream == "vsock:4294967295:5000"
 
 
 def test_everything_is_taken_and_printed_and_read_back(
@@ -46,6 +54,7 @@ def test_everything_is_taken_and_printed_and_read_back(
     ("option", "value"),
     [
         ("--threads", "0"), ("--threads", "many"), ("--threads", "²"), ("--device", "tpu"), ("--ops", "none"),
+        ("--stream", "tcp:1"), ("--stream", "vsock:1"),
         ("--listen", "127.0.0.1:99999"), ("--listen", "127.0.0.1"), ("--listen", "127.0.0.1:²"),
         ("--request-seconds", "0"), ("--request-seconds", "nan"), ("--drain-seconds", "inf"),
         ("--drain-seconds", "-1"), ("--drain-seconds", "soon"), ("--log-format", "xml"), ("--parent", "me"),

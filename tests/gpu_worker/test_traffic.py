@@ -1,6 +1,7 @@
 """What a peer that misbehaves costs: a bounded amount, for a bounded time, and nobody else's calls."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import SimpleNamespace
@@ -137,7 +138,9 @@ async def test_answers_say_how_long_they_were_computed(serve: Serve, monkeypatch
     """Refusals too, and only their first frame."""
     monkeypatch.setattr("wire.codec.FRAME_BYTES", 1000)
     clock = iter(np.arange(0, 100, 0.25).tolist())
-    monkeypatch.setattr("gpu_worker.compute.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(
+        "gpu_worker.compute.time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic)
+    )
     async with serve() as stub:
         await load(stub)
         stream = stub.Execute()
@@ -181,7 +184,7 @@ async def test_quiet_is_when_streams_are_idle_but_never_within_a_call(monkeypatc
     monkeypatch.setattr("gpu_worker.traffic.POLL_SECONDS", 0.01)
     counted = Traffic()
     with counted.stream():
-        with counted.call():
+        with counted.grpc:
             waiting = asyncio.create_task(counted.quiet())
             await asyncio.sleep(0.3)
             assert not waiting.done()

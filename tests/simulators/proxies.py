@@ -43,6 +43,10 @@ class Proxy(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         """Forwarded."""
         return self._stub.Load(request)
 
+    def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachResponse:
+        """Forwarded; calls on the socket do not pass here."""
+        return self._stub.Attach(request)
+
     def Execute(self, requests: Iterator[pb.ExecuteRequest], context: Any) -> Iterator[pb.ExecuteResponse]:
         """Forwarded, recorded, and tampered with."""
         for response in self._stub.Execute(self._record(requests)):

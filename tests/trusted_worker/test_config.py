@@ -186,3 +186,29 @@ def test_kv_shield_computes_in_float32_unless_told_otherwise() -> None:
     settings = parse([*MODEL, "--scheme", "kv-shield", "--kv-dtype", "int8", "--rotate-every", "64", "--seal-idle"])
     assert (settings.precision, settings.kv_dtype, settings.rotate_every) == ("float32", "int8", 64)
     assert settings.seal_idle
+
+
+def test_calls_go_over_grpc_unless_the_stream_socket_is_asked_for() -> None:
+    assert parse(["--model", "m", "--gpu-worker", "unix:/run/gpu"]).stream is None
+    words = ["--model", "m", "--data-plane", "stream"]
+    assert parse([*words, "--gpu-worker", "unix:/run/gpu"]).stream == "unix:/run/gpu.stream"
+    told = parse([*words, "--gpu-worker", "127.0.0.1:5000", "--stream", "vsock:2:5000"])
+    assert (told.data_plane, told.stream) == ("stream", "vsock:2:5000")
+    assert parse([*words, "--scheme", "tee-only"]).stream is None
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--data-plane", "stream", "--gpu-worker", "127.0.0.1:5000"], "--stream ADDR"),
+        (["--stream", "unix:/run/gpu.stream"], "--data-plane stream"),
+        (["--data-plane", "stream", "--stream", "/run/gpu"], "--stream"),
+    ],
+)
+def test_a_stream_socket_that_makes_no_sense(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--model", "m", *words])
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]

@@ -3,16 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+from tests.trusted_worker.fake_gpu_worker import PRIVATE, Behaviour, Frames, Server, answer, ask, doubled
 from trusted_worker.offload import GpuWorker
-from wire import channel, codec
+from wire import channel, codec, stream_socket
 from wire.errors import (
     CleaveError,
     ContextError,
@@ -22,96 +21,13 @@ from wire.errors import (
     VerificationError,
 )
 from wire.v1 import gpu_worker_pb2 as pb
-from wire.v1 import gpu_worker_pb2_grpc, tensor_pb2
-
-Frames = list[pb.ExecuteResponse]
-Behaviour = Callable[[int, codec.Array | None], Frames]
+from wire.v1 import tensor_pb2
 
 RING = pb.Operation(ring_matmul=pb.RingMatmul(layer=0, linear=pb.LINEAR_QKV))
 FORWARD = pb.Operation(forward=pb.Forward())
 CACHE = pb.Operation(cache=pb.Cache(sequence=1, reserve=pb.Reserve(tokens=4, type=pb.KV_TYPE_FLOAT32)))
 X = np.arange(12, dtype=np.int32).reshape(3, 4)
 INT32, FLOAT32 = tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_FLOAT32
-PRIVATE = "a text that the untrusted worker chose"
-
-
-def answer(number: int, array: codec.Array) -> Frames:
-    """An honest answer."""
-    first, *rest = codec.split(array)
-    head = pb.ExecuteResponse(id=number, header=codec.header_of(array), data=first)
-    return [head, *[pb.ExecuteResponse(id=number, data=data) for data in rest]]
-
-
-def doubled(number: int, array: codec.Array | None) -> Frames:
-    """What the honest worker of these tests computes."""
-    if array is None:
-        return [pb.ExecuteResponse(id=number)]
-    twice: Any = array * 2
-    return answer(number, twice)
-
-
-class Server(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
-    """A GPU worker whose answers come from `behaviour`, and which hangs, aborts or leaves when it is told to."""
-
-    def __init__(self, target: str) -> None:
-        self.target, self.leave, self.leave_after = target, False, False
-        self.behaviour: Behaviour = doubled
-        self.loads: list[str] = []
-        self.streams, self.refuse_load, self.hang, self.hang_after = 0, False, False, 0
-        self.abort: grpc.StatusCode | None = None
-        self.released = threading.Event()
-        self.start()
-
-    def start(self) -> None:
-        """Listen, again after `stop`."""
-        self.server = grpc.server(ThreadPoolExecutor(4))
-        gpu_worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(self, self.server)
-        self.server.add_insecure_port(self.target)
-        self.server.start()
-
-    def stop(self) -> None:
-        """Close every stream at once."""
-        self.server.stop(None).wait()
-
-    def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        return pb.DescribeResponse()
-
-    def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
-        self.loads.append(request.model)
-        if self.refuse_load:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, PRIVATE)
-        return pb.LoadResponse()
-
-    def Execute(self, requests: Iterator[pb.ExecuteRequest], context: Any) -> Iterator[pb.ExecuteResponse]:
-        self.streams += 1
-        for first in requests:
-            array = self._tensor(first, requests)
-            if self.leave:
-                return
-            if self.abort is not None:
-                context.abort(self.abort, PRIVATE)
-            for count, frame in enumerate(self.behaviour(first.id, array)):
-                if self.hang and count >= self.hang_after:
-                    self.released.wait(20)
-                yield frame
-            if self.leave_after:
-                return
-
-    def _tensor(self, first: pb.ExecuteRequest, rest: Iterator[pb.ExecuteRequest]) -> codec.Array | None:
-        if not first.HasField("header"):
-            return None
-        assembler = codec.Assembler(first.header)
-        assembler.add(first.data)
-        while not assembler.done:
-            assembler.add(next(rest).data)
-        return assembler.array()
-
-
-def ask(worker: GpuWorker, operation: pb.Operation, array: Any, shape: tuple[int, ...]) -> Any:
-    """The answer, in memory of ours."""
-    into: Any = np.full(shape, -1, np.float32 if operation.HasField("forward") else np.int32)
-    worker.call(operation, array, into)
-    return into
 
 
 REFUSALS = {
@@ -121,9 +37,9 @@ REFUSALS = {
 }
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    one = Server(f"unix:{tmp_path}/gpu")
+@pytest.fixture(params=["grpc", "stream"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    one = Server(tmp_path, request.param)
     yield one
     one.released.set()
     one.stop()
@@ -131,7 +47,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def worker(server: Server) -> Iterator[GpuWorker]:
-    one = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, seconds=30.0)
+    one = server.client(seconds=30.0)
     yield one
     one.close()
 
@@ -155,7 +71,7 @@ def test_tensors_of_any_number_of_frames(worker: GpuWorker) -> None:
 
 @pytest.mark.parametrize("microseconds", [300, 5000])
 def test_a_world_switch_is_charged_to_each_exchange(server: Server, microseconds: int) -> None:
-    worker = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, switch_us=microseconds)
+    worker = server.client(switch_us=microseconds)
     for _ in range(3):
         assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert worker.traffic.seconds >= 3 * microseconds / 1e6
@@ -163,13 +79,22 @@ def test_a_world_switch_is_charged_to_each_exchange(server: Server, microseconds
     worker.close()
 
 
-def test_traffic_is_counted_in_serialised_bytes(worker: GpuWorker) -> None:
+def test_traffic_is_counted_in_serialised_bytes(worker: GpuWorker, server: Server) -> None:
     for count in (1, 2):
         ask(worker, RING, X, (3, 4))
         assert worker.traffic.exchanges == count
     request = pb.ExecuteRequest(id=1, operation=RING, header=codec.header_of(X), data=X.tobytes())
-    assert worker.traffic.bytes_up == 2 * request.ByteSize()
-    assert worker.traffic.bytes_down == 2 * doubled(1, X)[0].ByteSize()
+    assert worker.traffic.bytes_up == 2 * _bytes(server, request)
+    assert worker.traffic.bytes_down == 2 * _bytes(server, doubled(1, X)[0])
+
+
+def _bytes(server: Server, frame: pb.ExecuteRequest | pb.ExecuteResponse) -> int:
+    """On the socket, data follow a message that has none: their tag and length are replaced by the prefix."""
+    if server.stream is None:
+        return frame.ByteSize()
+    data = len(frame.data)
+    frame.ClearField("data")
+    return stream_socket.PREFIX_BYTES + frame.ByteSize() + data
 
 
 def test_a_call_without_tensors(worker: GpuWorker) -> None:
@@ -348,7 +273,7 @@ class Watch:
 
 @pytest.mark.parametrize("after", [0, 1], ids=["before the answer", "within the answer"])
 def test_a_worker_that_hangs_misses_its_deadline(server: Server, after: int) -> None:
-    worker = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, seconds=0.3)
+    worker = server.client(seconds=0.3)
     x = np.zeros((1, 600_000), np.int32)
     server.hang, server.hang_after = True, after
     started = time.monotonic()
@@ -375,7 +300,7 @@ def test_expire_leaves_calls_within_their_deadline_alone(worker: GpuWorker, serv
 
 
 def test_expire_of_an_idle_connection_does_nothing(server: Server) -> None:
-    worker = GpuWorker(server.target, "tiny", pb.PRECISION_INT8, seconds=0.05)
+    worker = server.client(seconds=0.05)
     worker.connect()
     time.sleep(0.1)
     worker.expire()
@@ -432,3 +357,85 @@ def test_a_stream_that_ended_between_two_calls_is_replaced_without_an_error(serv
         assert time.monotonic() < deadline
     assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
     assert server.streams == 2
+
+
+@pytest.fixture
+def on_socket(tmp_path: Path) -> Iterator[Server]:
+    one = Server(tmp_path, "stream")
+    yield one
+    one.released.set()
+    one.stop()
+
+
+def test_a_worker_that_does_not_read_misses_its_deadline(on_socket: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call waits in the kernel until expire shuts the socket."""
+    worker = on_socket.client(seconds=0.3)
+    worker.connect()
+    x = np.zeros((256, 100_000), np.int32)
+
+    def stall(first: pb.ExecuteRequest, rest: Iterator[pb.ExecuteRequest]) -> None:
+        on_socket.released.wait(20)
+
+    monkeypatch.setattr(on_socket, "_tensor", stall)
+    with Watch(worker), pytest.raises(DeadlineError, match="in time"):
+        ask(worker, RING, x, (1, 4))
+    worker.close()
+
+
+def test_a_refused_ticket_is_unavailable_and_the_next_one_is_new(on_socket: Server) -> None:
+    worker = on_socket.client()
+    on_socket.refuse_ticket = True
+    with pytest.raises(UnavailableError, match="refused the stream"):
+        worker.connect()
+    on_socket.refuse_ticket = False
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
+    assert len(on_socket.tickets) == 2
+    worker.close()
+
+
+@pytest.mark.parametrize("length", [0, 31, 33])
+def test_a_ticket_of_another_length_is_not_sent(on_socket: Server, length: int) -> None:
+    on_socket.ticket_bytes = length
+    with pytest.raises(VerificationError):
+        on_socket.client().connect()
+    assert on_socket.peers == []
+
+
+def test_a_socket_that_is_not_there_is_named(on_socket: Server, tmp_path: Path) -> None:
+    on_socket.stream = f"unix:{tmp_path}/nothing"
+    with pytest.raises(UnavailableError, match=f"{tmp_path}/nothing"):
+        on_socket.client().connect()
+
+
+JUNK = {
+    "no message": b"\x03\0\0\0\0\0\0\0\xff\xff\xff",
+    "a message over the limit": b"\xff\xff\xff\xff\0\0\0\0",
+    "data over the limit": b"\0\0\0\0\xff\xff\xff\xff",
+    "data in the message": stream_socket.pack(answer(1, 2 * X)[0]),
+    "a refusal with data": stream_socket.pack(pb.ExecuteResponse(id=1, refused=3), 4) + b"1234",
+}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_on_the_socket_is_one_error(on_socket: Server, junk: str) -> None:
+    worker = on_socket.client()
+    worker.connect()
+
+    def babble(number: int, array: codec.Array | None) -> Frames:
+        on_socket.peers[-1].sendall(JUNK[junk])
+        return []
+
+    on_socket.behaviour = babble
+    with pytest.raises(VerificationError):
+        ask(worker, RING, X, (3, 4))
+    on_socket.behaviour = doubled
+    assert (ask(worker, RING, X, (3, 4)) == 2 * X).all()
+    worker.close()
+
+
+def test_a_status_that_does_not_exist_is_unavailable(on_socket: Server) -> None:
+    worker = on_socket.client()
+    on_socket.behaviour = lambda number, array: [pb.ExecuteResponse(ended=4_000_000_000)]
+    with pytest.raises(UnavailableError, match="UNKNOWN"):
+        ask(worker, RING, X, (3, 4))
+    worker.close()

@@ -182,6 +182,32 @@ class LoadResponse(google.protobuf.message.Message):
 global___LoadResponse = LoadResponse
 
 @typing.final
+class AttachRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___AttachRequest = AttachRequest
+
+@typing.final
+class AttachResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: builtins.int
+    ticket: builtins.bytes
+    """32 random bytes, the first ones on the socket; good for one connection, for 10 s"""
+    def __init__(
+        self,
+        *,
+        ticket: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ticket", b"ticket"]) -> None: ...
+
+global___AttachResponse = AttachResponse
+
+@typing.final
 class RingMatmul(google.protobuf.message.Message):
     """Ring: z int32[m,k] -> z.W_q^T modulo 2^32, int32[m,n]."""
 
@@ -676,12 +702,15 @@ class ExecuteResponse(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
     COMPUTE_US_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
     id: builtins.int
     data: builtins.bytes
     refused: builtins.int
     """a gRPC status code: the call changed nothing, and the stream goes on"""
     compute_us: builtins.int
     """first frame: how long the worker says that it computed; for statistics only"""
+    ended: builtins.int
+    """stream socket only: the gRPC status code with which the worker ends the stream, in a last frame"""
     @property
     def header(self) -> wire.v1.tensor_pb2.TensorHeader: ...
     def __init__(
@@ -692,8 +721,9 @@ class ExecuteResponse(google.protobuf.message.Message):
         data: builtins.bytes = ...,
         refused: builtins.int = ...,
         compute_us: builtins.int = ...,
+        ended: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["compute_us", b"compute_us", "data", b"data", "header", b"header", "id", b"id", "refused", b"refused"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compute_us", b"compute_us", "data", b"data", "ended", b"ended", "header", b"header", "id", b"id", "refused", b"refused"]) -> None: ...
 
 global___ExecuteResponse = ExecuteResponse

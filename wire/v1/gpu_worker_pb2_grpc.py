@@ -50,6 +50,11 @@ class GpuWorkerServiceStub(object):
                 request_serializer=wire_dot_v1_dot_gpu__worker__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=wire_dot_v1_dot_gpu__worker__pb2.ExecuteResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_unary(
+                '/wire.v1.GpuWorkerService/Attach',
+                request_serializer=wire_dot_v1_dot_gpu__worker__pb2.AttachRequest.SerializeToString,
+                response_deserializer=wire_dot_v1_dot_gpu__worker__pb2.AttachResponse.FromString,
+                _registered_method=True)
 
 
 class GpuWorkerServiceServicer(object):
@@ -78,6 +83,13 @@ class GpuWorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """Leave to have the calls of Execute on this worker's stream socket. See docs/wire.md.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GpuWorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_GpuWorkerServiceServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=wire_dot_v1_dot_gpu__worker__pb2.ExecuteRequest.FromString,
                     response_serializer=wire_dot_v1_dot_gpu__worker__pb2.ExecuteResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=wire_dot_v1_dot_gpu__worker__pb2.AttachRequest.FromString,
+                    response_serializer=wire_dot_v1_dot_gpu__worker__pb2.AttachResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class GpuWorkerService(object):
             '/wire.v1.GpuWorkerService/Execute',
             wire_dot_v1_dot_gpu__worker__pb2.ExecuteRequest.SerializeToString,
             wire_dot_v1_dot_gpu__worker__pb2.ExecuteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wire.v1.GpuWorkerService/Attach',
+            wire_dot_v1_dot_gpu__worker__pb2.AttachRequest.SerializeToString,
+            wire_dot_v1_dot_gpu__worker__pb2.AttachResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class GpuWorkerServiceStub:
     Whatever a stream reserved or provisioned is dropped when it ends.
     """
 
+    Attach: grpc.UnaryUnaryMultiCallable[
+        wire.v1.gpu_worker_pb2.AttachRequest,
+        wire.v1.gpu_worker_pb2.AttachResponse,
+    ]
+    """Leave to have the calls of Execute on this worker's stream socket. See docs/wire.md."""
+
 class GpuWorkerServiceAsyncStub:
     """The untrusted worker: a calculator. It knows no scheme, no key and no text."""
 
@@ -63,6 +69,12 @@ class GpuWorkerServiceAsyncStub:
     """One long-lived stream of calls. Calls carry ids and may be pipelined; they are answered in order.
     Whatever a stream reserved or provisioned is dropped when it ends.
     """
+
+    Attach: grpc.aio.UnaryUnaryMultiCallable[
+        wire.v1.gpu_worker_pb2.AttachRequest,
+        wire.v1.gpu_worker_pb2.AttachResponse,
+    ]
+    """Leave to have the calls of Execute on this worker's stream socket. See docs/wire.md."""
 
 class GpuWorkerServiceServicer(metaclass=abc.ABCMeta):
     """The untrusted worker: a calculator. It knows no scheme, no key and no text."""
@@ -92,5 +104,13 @@ class GpuWorkerServiceServicer(metaclass=abc.ABCMeta):
         """One long-lived stream of calls. Calls carry ids and may be pipelined; they are answered in order.
         Whatever a stream reserved or provisioned is dropped when it ends.
         """
+
+    @abc.abstractmethod
+    def Attach(
+        self,
+        request: wire.v1.gpu_worker_pb2.AttachRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[wire.v1.gpu_worker_pb2.AttachResponse, collections.abc.Awaitable[wire.v1.gpu_worker_pb2.AttachResponse]]:
+        """Leave to have the calls of Execute on this worker's stream socket. See docs/wire.md."""
 
 def add_GpuWorkerServiceServicer_to_server(servicer: GpuWorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,128 @@
+"""The compute thread: one thing at a time, in order, sockets between commands, and an end."""
+
+import socket
+import threading
+import time
+from concurrent.futures import CancelledError
+from selectors import EVENT_READ
+from typing import Any
+
+import pytest
+
+from gpu_worker.compute import Compute
+
+
+def make_nothing() -> Any:
+    raise AssertionError
+
+
+class Echo:
+    """A talker that counts."""
+
+    def __init__(self, own: socket.socket, deadline: float | None = None) -> None:
+        self.own, self.deadline, self.turns, self.late, self.closed = own, deadline, 0, False, threading.Event()
+
+    def fileno(self) -> int:
+        return self.own.fileno()
+
+    def go_on(self) -> int:
+        self.turns += 1
+        data = self.own.recv(1)
+        if not data:
+            return 0
+        self.own.sendall(data)
+        return EVENT_READ
+
+    def give_up(self) -> None:
+        self.late = True
+
+    def close(self) -> None:
+        self.own.close()
+        self.closed.set()
+
+
+def test_commands_run_in_order_in_one_thread() -> None:
+    compute = Compute(make_nothing)
+    seen: list[int] = []
+    threads = []
+    for number in range(20):
+        compute.submit(seen.append, number)
+        threads.append(compute.submit(threading.get_ident))
+    assert len({one.result(10) for one in threads}) == 1
+    assert seen == list(range(20))
+    compute.stop()
+
+
+def test_what_a_command_raises_is_its_own() -> None:
+    compute = Compute(make_nothing)
+    with pytest.raises(ZeroDivisionError):
+        compute.submit(lambda: 1 // 0).result(10)
+    assert compute.submit(lambda: 4).result(10) == 4
+    compute.stop()
+
+
+def test_commands_and_sockets_take_turns() -> None:
+    compute = Compute(make_nothing)
+    own, peer = socket.socketpair()
+    talker = Echo(own)
+    compute.submit(compute.attend, talker).result(10)
+    with peer:
+        peer.sendall(b"x" * 50)
+        turns = [compute.submit(lambda: talker.turns).result(10) for _ in range(5)]
+        assert turns[0] < 50
+        got = b""
+        while len(got) < 50:
+            got += peer.recv(50)
+    assert talker.closed.wait(10)
+    assert not talker.late
+    compute.stop()
+
+
+def test_a_talker_over_its_deadline_is_given_up() -> None:
+    compute = Compute(make_nothing)
+    own, peer = socket.socketpair()
+    talker = Echo(own, time.monotonic() + 0.1)
+    with peer:
+        compute.submit(compute.attend, talker).result(10)
+        assert talker.closed.wait(10)
+    assert talker.late
+    compute.stop()
+
+
+def test_a_thread_that_had_no_time_does_not_blame_the_talker() -> None:
+    compute = Compute(make_nothing)
+    own, peer = socket.socketpair()
+    talker = Echo(own, time.monotonic() + 0.2)
+    with peer:
+        compute.submit(compute.attend, talker)
+        busy = compute.submit(time.sleep, 0.5)
+        peer.sendall(b"xy")
+        busy.result(10)
+        assert [peer.recv(1), peer.recv(1)] == [b"x", b"y"]
+    assert talker.closed.wait(10)
+    compute.stop()
+
+
+def test_stop_cancels_what_waits_and_closes_what_is_open() -> None:
+    compute = Compute(make_nothing)
+    own, peer = socket.socketpair()
+    talker, going, go = Echo(own), threading.Event(), threading.Event()
+    compute.submit(compute.attend, talker).result(10)
+
+    def work() -> bool:
+        going.set()
+        return go.wait(10)
+
+    running = compute.submit(work)
+    waiting = compute.submit(lambda: 1)
+    going.wait(10)
+    compute.stop()
+    compute.stop()
+    go.set()
+    assert running.result(10)
+    with pytest.raises(CancelledError):
+        waiting.result(10)
+    with peer:
+        assert talker.closed.wait(10)
+    with pytest.raises(CancelledError):
+        compute.submit(lambda: 1).result(10)
