@@ -114,7 +114,7 @@ class ClientTarget:
 
         try:
             with (
-                mock.patch("client.session.grpc.insecure_channel", lambda *_, **__: worker),
+                mock.patch("client.session.grpc.insecure_channel", return_value=worker),
                 mock.patch.object(ClientCall, "open", open_),
                 mock.patch("threading.excepthook", fallen.append),
             ):

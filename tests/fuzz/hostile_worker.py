@@ -83,8 +83,9 @@ class HostileWorker:
 
     def taken(self, enc: bytes, message: Message) -> None:
         """A client's call took this for ours: is it the one whose turn it is?"""
-        due = self._may.get(enc) or [b""]
-        if not self._may.get(enc) or type(message).FromString(due[0]).SerializeToString() != message.SerializeToString():
+        due = self._may.get(enc, [])
+        right = [type(message).FromString(one).SerializeToString() for one in due[:1]]
+        if right != [message.SerializeToString()]:
             self.wrong = "client: a message that nobody sent in this place was taken"
         self._may[enc] = due[1:]
 

@@ -70,15 +70,7 @@ class TrustedTarget:
             return b"A" + mutator.message(pb.AttestRequest(nonce=random.randbytes(32))), 1
         if way < 0.2 and self._world.adapters:
             return b"U" + pack(self._upload(random, mutator)), 1
-        kind, message, session = self._message(random, way)
-        if random.random() < 0.1:
-            return kind + self._seal.wrap(message, session).SerializeToString(), 0
-        if random.random() < 0.1:
-            made = mutator.message(self._seal.wrap(message, session))
-        else:
-            made = pb.Sealed(body=mutator.message(message), session=session).SerializeToString()
-        self._recent = [*self._recent[-10:], made]
-        return kind + made, 1
+        return self._call(random, mutator, way)
 
     def play(self, entry: bytes) -> str:
         """See Target."""
@@ -219,6 +211,17 @@ class TrustedTarget:
         if self._world.adapters:
             request.adapter = random.choice((b"", *self._adapters, random.randbytes(16)))
         return request
+
+    def _call(self, random: Random, mutator: Mutator, way: float) -> tuple[bytes, int]:
+        kind, message, session = self._message(random, way)
+        if random.random() < 0.1:
+            return kind + self._seal.wrap(message, session).SerializeToString(), 0
+        if random.random() < 0.1:
+            made = mutator.message(self._seal.wrap(message, session))
+        else:
+            made = pb.Sealed(body=mutator.message(message), session=session).SerializeToString()
+        self._recent = [*self._recent[-10:], made]
+        return kind + made, 1
 
     def _message(self, random: Random, way: float) -> tuple[bytes, Any, bytes]:
         """The letter of an entry, its message, and the session that it is for."""
