@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -162,16 +163,13 @@ class TrustedTarget:
         """What the server does with an upload."""
         if not world.adapters:
             return "no uploads"
-        pieces = (self._seal.open(pb.Sealed.FromString(frame), pb.UploadRequest) for frame in frames)
-        first = next(pieces, pb.UploadRequest())
+        due = iter(frames)
+        first = self._piece(due)
         incoming = world.service.upload(first.config, first.weights_size)
         try:
             incoming.write(first.weights)
             while not incoming.complete:
-                piece = next(pieces, None)
-                if piece is None:
-                    raise SealError
-                incoming.write(piece.weights)
+                incoming.write(self._piece(due).weights)
             made = incoming.finish()
         except BaseException:
             incoming.abandon()
@@ -180,6 +178,13 @@ class TrustedTarget:
             raise Bug("trusted: an adapter of another form")
         self._adapters.append(made.name)
         return "uploaded"
+
+    def _piece(self, frames: Iterator[bytes]) -> pb.UploadRequest:
+        """The next message. After the last frame comes one that does not open."""
+        frame = next(frames, None)
+        if frame is None:
+            raise SealError
+        return self._seal.open(pb.Sealed.FromString(frame), pb.UploadRequest)
 
     def _look(self) -> None:
         """What reached the clients: tokens that exist and were granted, FINALs, and errors of the tree."""
@@ -235,7 +240,7 @@ class TrustedTarget:
     def _upload(self, random: Random, mutator: Mutator) -> list[bytes]:
         """Frames; now and then one that is none."""
         frames = [pb.Sealed(body=body).SerializeToString() for body in spoilt(random, mutator)]
-        if random.random() < 0.05:
+        if frames and random.random() < 0.05:
             frames[-1] = mutator.message(pb.Sealed.FromString(frames[-1]))
         return frames
 
