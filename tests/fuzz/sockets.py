@@ -23,7 +23,7 @@ from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.mutate import Mutator
 from tests.fuzz.sealed_caller import LOOKED_AT, REPLAYED, SESSION_SECONDS, VALID, SealedCaller
 from tests.fuzz.sealed_frames import PLAIN, RAW, SEALED, draw_edit, padded, parses
-from tests.fuzz.uploads import adapter, requests, spoilt
+from tests.fuzz.uploads import spoilt, valid
 from trusted_worker.service import Service
 from wire.channel import MAX_MESSAGE_BYTES
 from wire.model_config import ModelConfig
@@ -207,8 +207,7 @@ class SocketsTarget:
         if method == "Close":
             return [pb.CloseRequest()]
         if method == "Upload":
-            config, weights = adapter(random.choice((1, 2)))
-            return [*requests(config, weights, len(weights), random.choice((500, 1 << 16)))]
+            return [pb.UploadRequest.FromString(one) for one in valid(random)]
         ask = pb.DecodeRequest(token_ids=[1, 2], credit=2)
         return [ask] * random.choice((1, 1, 2, 3))
 

@@ -21,7 +21,7 @@ from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.mutate import Mutator
 from tests.fuzz.sealed_frames import Plain
 from tests.fuzz.tiny import CONTEXT, VOCABULARY
-from tests.fuzz.uploads import spoilt
+from tests.fuzz.uploads import spoilt, valid
 from tests.fuzz.worlds import ADAPTERS, KEY, WORLDS, World
 from wire.errors import CleaveError, SealError
 from wire.v1 import trusted_worker_pb2 as pb
@@ -58,7 +58,7 @@ class TrustedTarget:
         self._recent: list[bytes] = []
         self._logged.clear()
 
-    def next(self, random: Random) -> tuple[bytes, int]:
+    def next(self, random: Random) -> tuple[bytes, int]:  # noqa: PLR0911
         """See Target."""
         if self._world is None:
             return b"W" + bytes([random.randrange(len(WORLDS))]), 0
@@ -69,6 +69,8 @@ class TrustedTarget:
             return b"T", 0
         if way < 0.1:
             return b"A" + mutator.message(pb.AttestRequest(nonce=random.randbytes(32))), 1
+        if way < 0.12 and self._world.adapters:
+            return b"U" + pack(self._frames(valid(random))), 0
         if way < 0.2 and self._world.adapters:
             return b"U" + pack(self._upload(random, mutator)), 1
         return self._call(random, mutator, way)
@@ -239,10 +241,13 @@ class TrustedTarget:
 
     def _upload(self, random: Random, mutator: Mutator) -> list[bytes]:
         """Frames; now and then one that is none."""
-        frames = [pb.Sealed(body=body).SerializeToString() for body in spoilt(random, mutator)]
+        frames = self._frames(spoilt(random, mutator))
         if frames and random.random() < 0.05:
             frames[-1] = mutator.message(pb.Sealed.FromString(frames[-1]))
         return frames
+
+    def _frames(self, messages: list[bytes]) -> list[bytes]:
+        return [pb.Sealed(body=message).SerializeToString() for message in messages]
 
     def _decode_request(self, random: Random, name: bytes) -> pb.DecodeRequest:
         ids = [random.randrange(VOCABULARY) for _ in range(random.choice((0, 1, 1, 2, 12)))]

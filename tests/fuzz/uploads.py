@@ -11,6 +11,7 @@ from tests.fuzz.mutate import Mutator
 from wire.v1 import trusted_worker_pb2 as pb
 
 RANKS = (1, 2, 8)
+PIECES = (500, 4000, 1 << 16)  # bytes
 ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1, 2.0, 1e308, float("nan"), float("inf"), 1 << 40, 1 << 70, "", "2", "F64", "all-linear",
     "(q_proj", "q_proj", [], ["nothing"], ["q_proj", "q_proj"], [[0]], [16], [0, 1 << 62], [-8, 8], {}, {"a": {"r": 1}},
@@ -34,6 +35,13 @@ def adapter(rank: int) -> tuple[bytes, bytes]:
     return json.dumps(config).encode(), save(tensors)
 
 
+def valid(random: Random) -> list[bytes]:
+    """The messages of an upload that has nothing wrong."""
+    config, weights = adapter(random.choice(RANKS))
+    made = requests(config, weights, len(weights), random.choice(PIECES))
+    return [one.SerializeToString() for one in made]
+
+
 def requests(config: bytes, weights: bytes, size: int, piece: int) -> list[pb.UploadRequest]:
     """The messages of an upload; the first one has the first piece."""
     pieces = [weights[at : at + piece] for at in range(0, len(weights), piece)] or [b""]
@@ -54,7 +62,7 @@ def spoilt(random: Random, mutator: Mutator) -> list[bytes]:
         weights = weights[:-512] + mutator.words(weights[-512:])
     elif way < 0.8:
         size = random.choice((0, 7, 8, size - 1, size + 1, 2 * size, 48 << 10, 1 << 31, 1 << 32, (1 << 64) - 1))
-    made = [one.SerializeToString() for one in requests(config, weights, size, random.choice((500, 4000, 1 << 16)))]
+    made = [one.SerializeToString() for one in requests(config, weights, size, random.choice(PIECES))]
     if way >= 0.8:
         place = random.randrange(len(made))
         made[place] = mutator.message(pb.UploadRequest.FromString(made[place]))
