@@ -1,10 +1,12 @@
 """The client against a hostile trusted worker that holds its key: attest, open, stats and whole turns.
 
 Entries: A and S, an AttestResponse, of which the client then opens a session and has a turn, and a StatsResponse; D,
-what is said to a turn: parts (sealed_frames.py), first those of the answer to Open, then those of Decode.
+what is said to a turn: parts (sealed_frames.py), first those of the answer to Open, then those of Decode; U, the parts
+of the answer to Upload.
 """
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,12 +21,14 @@ from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.hostile_worker import KEY, LOOKED_AT, HostileWorker
 from tests.fuzz.mutate import Mutator
 from tests.fuzz.sealed_frames import PLAIN, RAW, STATUS, draw_edit, padded
+from tests.fuzz.uploads import adapter
 from wire.sealing import ClientCall, Receiver
 from wire.v1 import gpu_worker_pb2 as gpu
 from wire.v1 import trusted_worker_pb2 as pb
 
 TARGET = "127.0.0.1:1"
 PROMPT, ANSWER = [1, 2, 3], [4, 5, 6, 7]
+ADAPTER = b"an adapter, here"
 SECONDS = 5.0
 ODD_KEYS = (  # of X25519: no point, points of small order, one that is not reduced
     b"",
@@ -47,6 +51,11 @@ class ClientTarget:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self._request = client.Request("llama", "tee-only", "int8", model_folder=folders["llama"])
+        self._uploads = hasattr(client.TrustedWorker, "upload")
+        self._adapter: dict[str, Any] = {"adapter_folder": folders["llama"].parent / "adapter"}
+        self._adapter["adapter_folder"].mkdir(exist_ok=True)
+        for name, data in zip(("adapter_config.json", "adapter_model.safetensors"), adapter(2), strict=True):
+            (self._adapter["adapter_folder"] / name).write_bytes(data)
 
     def begin(self) -> None:
         """See Target."""
@@ -59,9 +68,11 @@ class ClientTarget:
             return b"A" + _evidence(random, mutator), 1
         if way < 0.2:
             return b"S" + mutator.message(pb.StatsResponse(scheme="tee-only", pads_in_stock=5)), 1
+        if way < 0.25 and self._uploads:
+            return b"U" + pack(_uploaded(random, mutator)), 1
         opened, *rest = honest(client_embeds=random.random() < 0.3)
         parts, place = [[_part(opened)], list(map(_part, rest))], random.choice((0, 0, 1, 1, 1, 1, 1))
-        if way < 0.35:
+        if way < 0.4:
             parts[place] += [draw_edit(random, len(parts[place]), LOOKED_AT) for _ in range(random.choice((1, 1, 2)))]
             return b"D" + pack(map(pack, parts)), 1
         which = random.randrange(len(parts[place]))
@@ -79,14 +90,19 @@ class ClientTarget:
         """See Target."""
         worker, kind, body = HostileWorker(self._receiver), entry[:1], entry[1:]
         opened, *rest = honest()
+        opened.adapter = ADAPTER if kind == b"U" else b""
         worker.opened, worker.decoded = [_part(opened)], list(map(_part, rest))
+        if kind == b"U":
+            worker.uploaded = unpack(body)
         if kind == b"A":
             worker.attested = body
         if kind == b"D":
             worker.opened, worker.decoded = (*map(unpack, unpack(body)), [], [])[:2]
         if kind == b"S":
             worker.stats = body
-        return self._watched(worker, count=kind == b"S")
+        if kind == b"U" and not self._uploads:
+            return "no uploads"
+        return self._watched(worker, kind)
 
     def end(self) -> None:
         """See Target."""
@@ -102,13 +118,13 @@ class ClientTarget:
     def close(self) -> None:
         """See Target."""
 
-    def _watched(self, worker: HostileWorker, count: bool) -> str:
+    def _watched(self, worker: HostileWorker, kind: bytes) -> str:
         """What comes of a client of this worker. Raises Bug when it takes a message that it must not take."""
         fallen: list[Any] = []
         original = ClientCall.open
 
-        def open_(call: ClientCall, sealed: pb.Sealed, kind: type[Message]) -> Message:
-            message = original(call, sealed, kind)
+        def open_(call: ClientCall, sealed: pb.Sealed, of: type[Message]) -> Message:
+            message = original(call, sealed, of)
             worker.taken(call._context.enc, message)
             return message
 
@@ -118,22 +134,22 @@ class ClientTarget:
                 mock.patch.object(ClientCall, "open", open_),
                 mock.patch("threading.excepthook", fallen.append),
             ):
-                return self._connect(count)
+                return self._connect(kind)
         finally:
             if fallen:
                 raise fallen[0].exc_value
             if worker.wrong:
                 raise Bug(worker.wrong)
 
-    def _connect(self, count: bool) -> str:
+    def _connect(self, kind: bytes) -> str:
         with client.TrustedWorker(TARGET, Policy(), SECONDS) as trusted:
-            if count:
+            if kind == b"S":
                 trusted.counters()
                 return "counted"
-            return self._turn(trusted)
+            return self._turn(trusted, replace(self._request, **self._adapter) if kind == b"U" else self._request)
 
-    def _turn(self, trusted: client.TrustedWorker) -> str:
-        session = trusted.open(self._request)
+    def _turn(self, trusted: client.TrustedWorker, request: client.Request) -> str:
+        session = trusted.open(request)
         try:
             turn = session.turn(PROMPT, Pacing(credit=3, max_new_tokens=6, step_seconds=SECONDS))
             tokens = [token.token_id for token in turn]
@@ -171,6 +187,14 @@ def _evidence(random: Random, mutator: Mutator) -> bytes:
         answer.hpke_key = random.choice((*ODD_KEYS, random.randbytes(32)))
         return answer.SerializeToString()
     return mutator.message(answer)
+
+
+def _uploaded(random: Random, mutator: Mutator) -> list[bytes]:
+    """Parts of an answer to Upload."""
+    answer = pb.UploadResponse(adapter=ADAPTER, size=4096)
+    if random.random() < 0.4:
+        return [_part(answer), draw_edit(random, 1, LOOKED_AT)]
+    return [_spoilt(random, mutator, answer)]
 
 
 def _part(message: Message) -> bytes:

@@ -56,6 +56,7 @@ class HostileWorker:
         self.stats = b""
         self.opened: list[bytes] = []  # parts of the answer to Open, and of those of Decode
         self.decoded: list[bytes] = []
+        self.uploaded: list[bytes] = []
         self.wrong = ""  # what must not be, and was
         self._receiver = receiver
         self._secret, self._last = b"", STRANGER
@@ -72,11 +73,7 @@ class HostileWorker:
 
     def stream_unary(self, *_: Any, **__: Any) -> Callable[..., Any]:
         """Upload."""
-
-        def refuse(*_: Any, **__: Any) -> Any:
-            raise _Status(CODES.index(grpc.StatusCode.UNIMPLEMENTED))
-
-        return refuse
+        return self._upload
 
     def close(self) -> None:
         """It has nothing to close."""
@@ -103,6 +100,12 @@ class HostileWorker:
 
     def _open(self, sealed: pb.Sealed, **_: Any) -> Any:
         frames = self._answer(sealed, "Open", pb.OpenRequest, self.opened)
+        return _parse(pb.Sealed, frames[0] if frames else b"")
+
+    def _upload(self, requests: Iterator[pb.Sealed], **_: Any) -> Any:
+        frames = self._answer(next(requests), "Upload", pb.UploadRequest, self.uploaded)
+        for _ in requests:  # nobody looks at what else the client seals
+            pass
         return _parse(pb.Sealed, frames[0] if frames else b"")
 
     def _decode(self, requests: Iterator[pb.Sealed]) -> Iterator[Any]:

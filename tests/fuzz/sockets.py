@@ -174,7 +174,7 @@ class SocketsTarget:
 
     def _trusted(self, random: Random, mutator: Mutator) -> bytes:
         """A call of the trusted worker, with a message that is wrong, or with a frame that is."""
-        served = len(TRUSTED) if hasattr(Service, "upload") else TRUSTED.index(UPLOAD)
+        served = len(TRUSTED) if hasattr(Service, "begin_upload") else TRUSTED.index(UPLOAD)
         number = random.choice((0, 0, 0, *range(served)))
         method, parser, _ = TRUSTED[number]
         if parser is not pb.Sealed:

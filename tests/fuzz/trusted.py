@@ -158,6 +158,8 @@ class TrustedTarget:
             raise Bug("trusted: a session of another form")
         if world.adapters and answer.adapter != request.adapter:
             raise Bug("trusted: another adapter than was asked for")
+        if world.adapters and answer.perturbation < request.sampling.perturbation:
+            raise Bug("trusted: less perturbation than was asked for")
         self._granted[answer.session] = 0
         return "opened"
 
@@ -167,7 +169,7 @@ class TrustedTarget:
             return "no uploads"
         due = iter(frames)
         first = self._piece(due)
-        incoming = world.service.upload(first.config, first.weights_size)
+        incoming = world.service.begin_upload(first.config, first.weights_size)
         try:
             incoming.write(first.weights)
             while not incoming.complete:
