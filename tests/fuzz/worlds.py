@@ -115,13 +115,13 @@ class World:
             raise Bug(f"trusted: {self.scheme} keeps {stats.kv_pages_used} pages, {stats.adapter_bytes} of adapters")
 
     def _forget_adapters(self) -> None:
-        """They stay until their place is needed: so it is needed."""
-        size = ADAPTERS
-        while self.adapters and self.service.stats().adapters and size > 8:
+        """They stay until their place is needed: so an upload comes that needs all there is."""
+        for size in range(ADAPTERS, 8, -8) if self.adapters and self.service.stats().adapters else ():
             try:
                 self.service.begin_upload(adapter(1)[0], size).abandon()
+                return
             except ExhaustedError:
-                size -= 256
+                continue
 
 
 def _service(flags: list[str]) -> Any:
