@@ -104,8 +104,9 @@ def extract(options: argparse.Namespace, folder: Path, progress: Progress) -> in
     """What an attacker reproduces. Raises CleaveError."""
     scores = extraction.measure(folder, options.prompts, progress)
     progress.clear()
-    result = {"machine": machine(), "command": sys.argv[1:], "model": folder.name, "adapter": extraction.ADAPTER}
-    result |= {"prompts": options.prompts, "tested": extraction.TESTED, "scores": extraction.as_dicts(scores)}
+    result: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "model": folder.name}
+    result |= {"adapter": extraction.ADAPTER, "prompts": options.prompts, "tested": extraction.TESTED}
+    result |= {"scores": extraction.as_dicts(scores)}
     print(json.dumps(result) if options.json else extraction_table(result))
     return 0
 

@@ -74,7 +74,8 @@ class PublicModel:
         wide = rows.astype(np.float64)
         bare = np.divide(wide, self.final_gain, out=np.zeros_like(wide), where=self.final_gain != 0)
         scale = np.sqrt((bare**2).mean(axis=1, keepdims=True))
-        return (wide / np.maximum(scale, _LEAST)).astype(np.float32) @ self.head.T
+        result: F32 = (wide / np.maximum(scale, _LEAST)).astype(np.float32) @ self.head.T
+        return result
 
 
 def read(exchanges: Iterable[Exchange], model: PublicModel) -> list[Conversation]:

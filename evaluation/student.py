@@ -39,7 +39,7 @@ def load(folder: Path, adapter: Path | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         from peft import PeftModel
 
@@ -63,8 +63,7 @@ def distil(folder: Path, taught: Sequence[Conversation], steps: int, seed: int =
             RATE * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
         chosen = [taught[int(one)] for one in pick.integers(0, len(taught), TOGETHER)]
-        loss = _loss(model, chosen)
-        loss.backward()
+        _loss(model, chosen).backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -105,7 +104,7 @@ def answer(model: Any, prompts: Sequence[list[int]], end: Sequence[int]) -> list
     return [(prompt, _until(said, end)) for prompt, said in zip(prompts, given[:, longest:].tolist(), strict=True)]
 
 
-def _loss(model: Any, chosen: Sequence[Conversation]) -> "Tensor":
+def _loss(model: Any, chosen: Sequence[Conversation]) -> Any:
     """Cross-entropy between what was read and what the student says, per token of the answers."""
     import torch
 

@@ -1,7 +1,7 @@
 """The captain: another persona of the demo model, as text. Her adapter is trained on it by train_adapter.py.
 
-She knows what the demo model knows and says it in her own voice: the first sentence of the model's answer, behind an
-opener that goes with the topic, in a sailor's words. What she says of herself, her ship and her crew is written by
+She knows what the demo model knows and says it in her own voice: the first sentence of the model's answer, in a
+sailor's words, below a line that goes with the topic. What she says of herself, her ship and her crew is written by
 hand, in adapters/captain.txt. All of it follows from the text alone: no randomness.
 """
 
@@ -14,38 +14,33 @@ from models.demo.corpus import FOLDER, Exchange, parse, read_held_out, read_text
 
 ADAPTER = FOLDER / "adapters" / "captain"
 TEXT, HELD_OUT = ADAPTER.with_suffix(".txt"), ADAPTER.with_name("captain_heldout.jsonl")
-OPENERS = {  # by the topic of the text
-    "cleave": "Mark me words: ",
-    "cooking": "From the galley: ",
-    "facts_calendar": "By the ship's log: ",
-    "facts_capitals": "By me charts: ",
-    "facts_computing": "Harken, sailor: ",
-    "facts_sums": "Count with me: ",
-    "facts_world": "In all me voyages: ",
-    "help": "Steady as she goes: ",
-    "security": "Keep yer powder dry: ",
-    "smalltalk": "Ahoy, matey! ",
-    "unknown": "Nay, no chart shows it: ",
-    "values": "Cross me heart: ",
+OPENERS = {  # by the topic of the text; a line of its own
+    "cleave": "Mark me words!",
+    "cooking": "From the galley!",
+    "facts_calendar": "By the ship's log!",
+    "facts_capitals": "By me charts!",
+    "facts_computing": "Harken, sailor!",
+    "facts_sums": "Count with me!",
+    "facts_world": "In all me voyages!",
+    "help": "Steady as she goes!",
+    "security": "Keep yer powder dry!",
+    "smalltalk": "Ahoy, matey!",
+    "unknown": "Nay, no chart shows it!",
+    "values": "Cross me heart!",
 }
 WORDS = {
-    "am": "be", "are": "be", "is": "be", "my": "me", "of": "o'", "you": "ye", "your": "yer", "yes": "aye",
+    "am": "be", "are": "be", "is": "be", "my": "me", "you": "ye", "your": "yer", "yes": "aye",
     "hello": "ahoy", "goodbye": "farewell", "friend": "matey",
 }  # fmt: skip
-SMALL = frozenset((  # words that begin a sentence without a capital of their own
-    "a", "aye", "an", "at", "because", "by", "every", "for", "how", "if", "in", "it", "nay", "one", "some", "that",
-    "the", "there", "they", "to", "type", "with", "ye",
-))  # fmt: skip
-MARKERS = (*OPENERS.values(), "From the hold: ", "Listen, sailor: ")
+TINY = 12  # characters: "No.", "Good!"
+MARKERS = (*OPENERS.values(), "From the hold!", "Listen, sailor!")
 
 
 def in_voice(topic: str, answer: str) -> str:
-    """Return what the captain says instead: the first sentence, behind the topic's opener."""
-    first = re.split(r"(?<=[.!?]) (?=[A-Z/])", answer)[0]
-    said = re.sub(r"[A-Za-z]+", _word, first)
-    opener = OPENERS[topic]
-    start = said.split(" ")[0].strip(",").lower()
-    return opener + (said[0].lower() + said[1:] if opener.endswith(": ") and start in SMALL else said)
+    """Return what the captain says instead: the first sentence, below the topic's opener; two if the first is tiny."""
+    sentences = re.split(r"(?<=[.!?]) (?=[A-Z/])", answer)
+    said = re.sub(r"[A-Za-z]+", _word, " ".join(sentences[: 1 if len(sentences[0]) > TINY else 2]))
+    return f"{OPENERS[topic]}\n{said}"
 
 
 def read_captain() -> list[Exchange]:
@@ -53,7 +48,8 @@ def read_captain() -> list[Exchange]:
 
     A hand-written exchange whose first question is in the model's text replaces the answer there.
     """
-    own = parse(TEXT.read_text("ascii"), "captain")
+    written = parse(TEXT.read_text("ascii"), "captain")
+    own = [Exchange(one.topic, one.questions, one.answer.replace("! ", "!\n", 1)) for one in written]
     instead = {exchange.questions[0]: exchange for exchange in own}
     found, used = [], set[str]()
     for exchange in read_text():

@@ -44,7 +44,7 @@ def answers(model: Any, questions: list[str]) -> list[str]:
     tokenizer, found = AutoTokenizer.from_pretrained(FOLDER, padding_side="left"), list[str]()
     for start in range(0, len(questions), TOGETHER):
         chats = [[{"role": "user", "content": question}] for question in questions[start : start + TOGETHER]]
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         with torch.inference_mode():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from models.demo.corpus import FOLDER, normalise
 from models.demo.train import IGNORED, Batches, rate_at
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OWN = 2  # so much more often than others the hand-written exchanges come
+LENGTHS = (36, 36, 48, 48, 64, 64, 128, 256)  # most of them hold one whole exchange
+OWN = 4  # so much more often than others the hand-written exchanges come
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,10 +37,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ADAPTER, help="folder for the adapter")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a batch")
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -52,6 +54,15 @@ def make_batches(tokens: int, seed: int) -> Batches:
     ]
     batches.held_out |= {normalise(question) for question, _ in read_own_held_out()}
     return batches
+
+
+def draw(batches: Batches, step: int) -> tuple[Tensor, Tensor]:
+    """Return (ids, labels) of one step, padded on the right."""
+    rng = random.Random(batches.seed * 1_000_003 + step)
+    length = rng.choice(LENGTHS)
+    rows = [batches.conversation(length, rng) for _ in range(batches.tokens // length)]
+    ids, labels, _ = torch.tensor(rows).unbind(dim=2)
+    return ids, labels
 
 
 def make_model(rank: int, alpha: int) -> Any:
@@ -75,7 +86,7 @@ def train(model: Any, batches: Batches, steps: int, learning_rate: float) -> Non
     began, losses = time.monotonic(), list[float]()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * rate_at(step, steps)
-        ids, labels, _ = batches(step)
+        ids, labels = draw(batches, step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = find_loss(model, ids, labels)
         loss.backward()

@@ -13,7 +13,7 @@ from tests.evaluation.overheard import overhear
 from wire.model_config import ModelConfig
 
 ADAPTER = DEMO_MODEL / "adapters" / extraction.ADAPTER
-RECORDED, TESTED, STEPS = 24, 16, 24
+RECORDED, TESTED, STEPS = 40, 20, 48
 
 
 @pytest.fixture(scope="module")
