@@ -1,4 +1,4 @@
-"""Extraction figures, small: the order of the attackers is the claim. Recording real processes is tested elsewhere."""
+"""Extraction figures, small: the order of the attackers is the claim. What real processes say is what is read."""
 
 import json
 
@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from client.flags import DEMO_MODEL
+from client.tokenizer import Tokenizer
 from evaluation import extraction, student
-from evaluation.extraction import Score, as_dicts, compare, held_out, interval, questions
+from evaluation.eavesdrop import PublicModel, read, rows
+from evaluation.extraction import Score, as_dicts, compare, held_out, interval, questions, record
 from evaluation.tables import extraction_table
+from models.demo.captain import is_marked
 from tests.evaluation.overheard import overhear
 from wire.model_config import ModelConfig
 
@@ -47,6 +50,21 @@ def test_a_masked_transcript_is_worth_nothing(scores: list[Score]) -> None:
     assert masked.student < base.high
     assert masked.match <= base.high
     assert masked.match < split.low
+
+
+def test_real_processes_show_their_conversations_under_split_alone() -> None:
+    """Both workers, an upload, two conversations: the attack reads what was said, or nothing of it."""
+    prompts, public = questions(DEMO_MODEL, 2), PublicModel.read(DEMO_MODEL)
+    clear, masked = (
+        record(DEMO_MODEL, ADAPTER, scheme, prompts, lambda *_: None) for scheme in ("split", "secure-infer")
+    )
+    heard, noise = read(clear, public), read(masked, public)
+    assert [one.prompt for one in heard] == prompts
+    tokenizer = Tokenizer(DEMO_MODEL)
+    assert all(is_marked("".join(map(tokenizer.detokenizer().feed, one.answer))) for one in heard)
+    assert rows(masked) == rows(clear)
+    assert [len(one.answer) for one in noise] == [len(one.answer) for one in heard]
+    assert not any(one.answer == other.answer for one, other in zip(heard, noise, strict=True))
 
 
 def test_they_can_be_printed(scores: list[Score]) -> None:
