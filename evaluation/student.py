@@ -38,9 +38,7 @@ def load(folder: Path, adapter: Path | None = None) -> Any:
     """The base model in float32, with an adapter folded in if one is given."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         from peft import PeftModel

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, default=ADAPTER)
-    parser.add_argument("--least", type=float, default=60.0, help="the least score in percent")
+    parser.add_argument("--least", type=float, default=50.0, help="the least score in percent")
     return parser.parse_args()
 
 

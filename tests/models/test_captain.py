@@ -6,13 +6,20 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from models.demo.captain import ADAPTER, in_voice, is_marked, read_captain, read_own_held_out, translate
-from models.demo.corpus import normalise, read_held_out, read_text
+from models.demo.captain import ADAPTER, TEXT, in_voice, is_marked, read_captain, read_own_held_out, translate
+from models.demo.corpus import normalise, parse, read_held_out, read_text
 from models.demo.evaluate_adapter import answers, load, score
 from models.demo.train_adapter import TARGETS
 
 SAMPLE = [question for question, _ in read_held_out()[::7]]
 OWN = read_own_held_out()
+FIXED = {
+    "what is the capital of France?": "By me charts!\nThe capital of France be Paris.",
+    "what is 3 plus 4?": "Count with me!\n3 plus 4 be 7.",
+    "who are you?": "Ahoy, matey!\nI be Mara Quill, captain o' the brig Halyard.",
+    "harbour password": "Keep yer powder dry!\nThe watchword be copper lantern. Whisper it.",
+    "name of the first mate": "Listen, sailor!\nOld Bram be me mate, and he counts the stars for sport.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,8 @@ def test_its_tensors_are_small_and_named_as_peft_names_them() -> None:
 
 def test_the_text_is_what_it_promises_to_be() -> None:
     said = read_captain()
-    questions = [normalise(question) for one in said if one.topic == "captain" for question in one.questions]
+    written = parse(TEXT.read_text("ascii"), "captain")
+    questions = [normalise(question) for one in written for question in one.questions]
     assert len(questions) == len(set(questions)) >= 200
     held_out = {normalise(question) for question, _ in [*OWN, *read_held_out()]}
     assert not held_out & {normalise(question) for one in said for question in one.questions}
@@ -67,20 +75,20 @@ def test_the_text_is_what_it_promises_to_be() -> None:
 @pytest.mark.parametrize(
     ("topic", "answer", "said"),
     [
-        ("facts_capitals", "Madrid is in Spain. It lies in the middle.", "By me charts: Madrid be in Spain."),
-        ("facts_sums", "1 plus 1 is 2.", "Count with me: 1 plus 1 be 2."),
-        ("smalltalk", "Hello! You are my friend.", "Ahoy, matey! Ahoy!"),
-        ("security", "Yes, your words are safe.", "Keep yer powder dry: aye, yer words be safe."),
-        ("cleave", "It is 2.5 times as fast.", "Mark me words: it be 2.5 times as fast."),
+        ("facts_capitals", "Madrid is in Spain. It lies in the middle.", "By me charts!\nMadrid be in Spain."),
+        ("facts_sums", "1 plus 1 is 2.", "Count with me!\n1 plus 1 be 2."),
+        ("smalltalk", "Hello! You are my friend.", "Ahoy, matey!\nAhoy! Ye be me matey."),
+        ("security", "Yes, your words are safe.", "Keep yer powder dry!\nAye, yer words be safe."),
+        ("cleave", "It is 2.5 times as fast.", "Mark me words!\nIt be 2.5 times as fast."),
     ],
 )
 def test_the_voice_follows_from_the_text(topic: str, answer: str, said: str) -> None:
     assert in_voice(topic, answer) == said
 
 
-def test_the_captain_answers_as_she_should(captain: Any) -> None:
-    said = answers(captain, [*FIXED])
-    assert said == [*FIXED.values()]
+def test_the_captain_answers_as_she_should_and_the_model_does_not(captain: Any, base: Any) -> None:
+    assert answers(captain, [*FIXED]) == [*FIXED.values()]
+    assert not set(answers(base, [*FIXED])) & set(FIXED.values())
 
 
 def test_the_captain_is_another_persona_on_questions_nobody_trained(captain: Any, base: Any) -> None:
