@@ -43,7 +43,7 @@ _CURVE = _MEASURING | {
     "plot": None,
 }
 _SOAK = _ONE_BUDGET | {"schemes": ("secure-infer",), "minutes": 30.0, "clients": 8, "seed": 0, "log": None}
-_EXTRACTION = {"prompts": 96}
+_EXTRACTION = {"prompts": 64}
 _WORK = {  # by the flag that asks for it
     "": _BENCH,
     "--soak": _SOAK,
@@ -120,7 +120,7 @@ def _add_soak(add: Callable[..., Any]) -> None:
 
 def _add_extraction(add: Callable[..., Any]) -> None:
     add("--extraction", action="store_true", help="what an attacker reproduces of the demo model's adapter, from what")
-    add("--prompts", type=_integer(8, 500), metavar="N", help="conversations that are recorded; default: 96")
+    add("--prompts", type=_integer(8, 500), metavar="N", help="conversations that are recorded; default: 64")
 
 
 def _fill(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

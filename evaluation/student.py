@@ -39,6 +39,7 @@ def load(folder: Path, adapter: Path | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # small products: a second thread mostly waits
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         from peft import PeftModel

@@ -8,7 +8,6 @@ hand, in adapters/captain.txt. All of it follows from the text alone: no randomn
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from models.demo.corpus import FOLDER, Exchange, parse, read_held_out, read_text
 
@@ -68,9 +67,9 @@ def translate() -> dict[str, str]:
     return {exchange.answer: said[index].answer for index, exchange in enumerate(read_text())}
 
 
-def read_own_held_out(path: Path = HELD_OUT) -> list[tuple[str, str]]:
+def read_own_held_out() -> list[tuple[str, str]]:
     """Return the held-out pairs (question, key phrase) about the captain, her ship and her crew."""
-    return read_held_out(path)
+    return read_held_out(HELD_OUT)
 
 
 def is_marked(answer: str) -> bool:

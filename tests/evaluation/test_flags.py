@@ -88,7 +88,7 @@ def test_a_curve_has_its_own_defaults() -> None:
 
 def test_an_extraction_has_its_own_defaults() -> None:
     options = flags.parse(["--extraction", "--json"])
-    assert (options.prompts, options.json, options.rows) == (96, True, [])
+    assert (options.prompts, options.json, options.rows) == (64, True, [])
     assert flags.parse(["--extraction", "--prompts", "500"]).prompts == 500
 
 
