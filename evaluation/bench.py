@@ -5,7 +5,8 @@ answer that warms everything up, repetitions go round: one of every row, then ag
 measure.py. Speeds are decode rates as a client sees them. Pads are made between repetitions, so secure-infer is
 measured with pads in stock (online), and the time that making one takes is printed beside it (offline, same cores).
 
-With --budget-curve: some schemes in many memory budgets (curve.py). With --soak: many clients while things break.
+With --budget-curve: some schemes in many memory budgets (curve.py). With --soak: many clients while things break. With
+--extraction: what an attacker reproduces of an adapted model (extraction.py).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 
 from client.terminal import Progress, one_line, size
 from deploy.local.cluster import Settings
-from evaluation import curve, flags, plot
+from evaluation import curve, extraction, flags, plot
 from evaluation.curve import Place, Trial, measure_point
 from evaluation.judge import problems
 from evaluation.measure import Load, Rig
@@ -31,7 +32,7 @@ from evaluation.rows import as_dicts, relative
 from evaluation.shapes import model_folder
 from evaluation.sizing import FILL, LEAST_BYTES, available_bytes, curve_budgets, least, pad_bank, sizes
 from evaluation.soak import Plan, Soak
-from evaluation.tables import bench_table, curve_table, soak_table
+from evaluation.tables import bench_table, curve_table, extraction_table, soak_table
 from wire.errors import CleaveError
 from wire.model_config import ModelConfig
 
@@ -41,9 +42,10 @@ INTERRUPTED = 130
 def main() -> None:
     """Run what was asked for. Status 1 with one line for what goes wrong, or when the soak or the curve finds it."""
     options, progress = flags.parse(), Progress(sys.stderr)
-    work = soak if options.soak else budget_curve if options.budget_curve else bench
+    work = {"soak": soak, "budget_curve": budget_curve, "extraction": extract}
+    chosen = next((run for name, run in work.items() if getattr(options, name)), bench)
     try:
-        status = work(options, model_folder(options.model, progress), progress)
+        status = chosen(options, model_folder(options.model, progress), progress)
     except CleaveError as error:
         status = _fail(progress, ": ".join([*getattr(error, "__notes__", []), one_line(str(error))]), 1)
     except KeyboardInterrupt:
@@ -96,6 +98,17 @@ def soak(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
     progress.clear()
     print(json.dumps(result) if options.json else soak_table(result))
     return int(any(one["problems"] for one in result["soaks"]))
+
+
+def extract(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
+    """What an attacker reproduces. Raises CleaveError."""
+    scores = extraction.measure(folder, options.prompts, progress)
+    progress.clear()
+    result: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "model": folder.name}
+    result |= {"adapter": extraction.ADAPTER, "prompts": options.prompts, "tested": extraction.TESTED}
+    result |= {"scores": extraction.as_dicts(scores)}
+    print(json.dumps(result) if options.json else extraction_table(result))
+    return 0
 
 
 def machine() -> str:

@@ -43,7 +43,13 @@ _CURVE = _MEASURING | {
     "plot": None,
 }
 _SOAK = _ONE_BUDGET | {"schemes": ("secure-infer",), "minutes": 30.0, "clients": 8, "seed": 0, "log": None}
-_WORK = {"": _BENCH, "--soak": _SOAK, "--budget-curve": _CURVE}  # by the flag that asks for it
+_EXTRACTION = {"prompts": 64}
+_WORK = {  # by the flag that asks for it
+    "": _BENCH,
+    "--soak": _SOAK,
+    "--budget-curve": _CURVE,
+    "--extraction": _EXTRACTION,
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,15 +58,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         prog="cleave-bench",
         description="Every scheme beside its baselines, in one run; or, with --budget-curve, speed and context by "
-        "memory budget; or, with --soak, many clients while things break.",
+        "memory budget; or, with --soak, many clients while things break; or, with --extraction, what an attacker "
+        "reproduces of an adapted model.",
     )
     _add_common(parser.add_argument)
     _add_bench(parser.add_argument_group("measuring").add_argument)
     _add_curve(parser.add_argument_group("budget curve").add_argument)
     _add_soak(parser.add_argument_group("soak").add_argument)
+    _add_extraction(parser.add_argument_group("extraction").add_argument)
     options = parser.parse_args(argv)
     _fill(parser, options)
-    options.rows = [] if options.soak else _rows(parser, options)
+    options.rows = [] if options.soak or options.extraction else _rows(parser, options)
     return options
 
 
@@ -111,11 +119,20 @@ def _add_soak(add: Callable[..., Any]) -> None:
     add("--log", type=argparse.FileType("w"), metavar="FILE", help="write the workers' logs to it")
 
 
+def _add_extraction(add: Callable[..., Any]) -> None:
+    add("--extraction", action="store_true", help="what an attacker reproduces of the demo model's adapter, from what")
+    add("--prompts", type=_integer(8, 500), metavar="N", help="conversations that are recorded; default: 64")
+
+
 def _fill(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Defaults of what is done; a flag of the other things is an error."""
-    if options.soak and options.budget_curve:
-        parser.error("--soak does not go with --budget-curve")
-    asked = "--soak" if options.soak else "--budget-curve" if options.budget_curve else ""
+    flags = {"--soak": options.soak, "--budget-curve": options.budget_curve, "--extraction": options.extraction}
+    given = [flag for flag, is_given in flags.items() if is_given]
+    if len(given) > 1:
+        parser.error(f"{given[0]} does not go with {given[1]}")
+    if options.extraction and (options.model != str(DEMO_MODEL) or options.pad_bank or options.switch_us):
+        parser.error("--extraction is of the demo model and its adapter, with settings of its own")
+    asked = given[0] if given else ""
     ours = _WORK[asked]
     for name in {name: None for work in _WORK.values() for name in work}:
         if name not in ours and getattr(options, name) is not None:

@@ -49,6 +49,9 @@ _CURVE_COLUMNS = (
 )
 
 
+_EXTRACTION_COLUMNS = ("attacker", "token match", "95 %", "the student alone", "rows recorded", "conversations read")
+
+
 def bench_table(result: dict[str, Any]) -> str:
     """The rows, under a line that says what they are."""
     what = (
@@ -71,6 +74,21 @@ def soak_table(result: dict[str, Any]) -> str:
     """One section for each scheme."""
     what = f"{result['model']}, {result['clients']} clients, {result['minutes']:g} minutes, seed {result['seed']}"
     return "\n".join([*_head(what, result), *(line for one in result["soaks"] for line in _soak(one))])
+
+
+def extraction_table(result: dict[str, Any]) -> str:
+    """A row for each attacker, under a line that says what a token match is."""
+    what = f"{result['model']} with the adapter {result['adapter']}, {result['prompts']} conversations recorded"
+    what += f", tokens of the adapted model's answers to {result['tested']} other questions that an attacker would say"
+    rows = [_attacker(score) for score in result["scores"]]
+    return "\n".join([f"{what}, too", result["machine"], "", *_table(_EXTRACTION_COLUMNS, rows)])
+
+
+def _attacker(score: dict[str, Any]) -> list[str]:
+    alone = "-" if score["student"] is None else f"{100 * score['student']:.1f} %"
+    interval = f"{100 * score['low']:.1f} to {100 * score['high']:.1f}"
+    counts = [str(score[name] or "-") for name in ("rows", "conversations")]
+    return [score["attacker"], f"{100 * score['match']:.1f} %", interval, alone, *counts]
 
 
 def _head(what: str, result: dict[str, Any]) -> list[str]:

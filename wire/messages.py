@@ -28,6 +28,9 @@ class Parser(grpc.aio.ServerInterceptor):
         if handler.stream_stream:
             behaviour = _streaming(handler.stream_stream, handler.request_deserializer)
             return grpc.stream_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
+        if handler.stream_unary:
+            behaviour = _streaming(handler.stream_unary, handler.request_deserializer)
+            return grpc.stream_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
         if handler.unary_unary:
             behaviour = _unary(handler.unary_unary, handler.request_deserializer)
             return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)

@@ -29,6 +29,12 @@ BAD = {
     "a curve of a scheme without a budget": (["--budget-curve", "--schemes", "tee-only,plain"], "plain keeps no cache"),
     "a budget that is none": (["--budget-curve", "--budgets", "14MiB,lots"], "64MiB"),
     "a budget without a size": (["--budget-curve", "--budgets", "cvm"], "a budget has a size"),
+    "prompts without an extraction": (["--prompts", "9"], "--prompts needs --extraction"),
+    "tokens with an extraction": (["--extraction", "--tokens", "9"], "--tokens does not go with --extraction"),
+    "an extraction and a soak": (["--extraction", "--soak"], "--soak does not go with --extraction"),
+    "an extraction of another model": (["--extraction", "--model", "m"], "--extraction is of the demo model"),
+    "an extraction with a bank": (["--extraction", "--pad-bank", "9MiB"], "--extraction is of the demo model"),
+    "too few prompts": (["--extraction", "--prompts", "7"], "whole number from 8"),
     "a log that cannot be": (["--soak", "--log", "/nowhere/log"], "/nowhere/log"),
 }
 
@@ -78,6 +84,12 @@ def test_a_curve_has_its_own_defaults() -> None:
     assert options.rows == [("tee-only", "int8"), ("secure-infer", "int8")]
     assert (options.context, options.tokens, options.batch, options.repeat) == (32, 32, 1, 3)
     assert (options.budgets, options.long_context, options.plot) == (None, None, None)
+
+
+def test_an_extraction_has_its_own_defaults() -> None:
+    options = flags.parse(["--extraction", "--json"])
+    assert (options.prompts, options.json, options.rows) == (64, True, [])
+    assert flags.parse(["--extraction", "--prompts", "500"]).prompts == 500
 
 
 def test_budgets_are_sizes_and_profiles_from_the_smallest() -> None:

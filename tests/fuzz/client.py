@@ -1,169 +1,171 @@
-"""The client against a hostile trusted worker: attest, open, stats and whole turns over a channel made of bytes.
+"""The client against a hostile trusted worker that holds its key: attest, open, stats and whole turns.
 
-Entries: A and S, an AttestResponse and a StatsResponse; D, the Sealed of an OpenResponse and of each DecodeResponse.
+Entries: A and S, an AttestResponse, of which the client then opens a session and has a turn, and a StatsResponse; D,
+what is said to a turn: parts (sealed_frames.py), first those of the answer to Open, then those of Decode; U, the parts
+of the answer to Upload.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
-import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 
 from client import session as client
-from client.attestation.policy import Policy, verify
+from client.attestation.policy import Policy
 from client.turn import Pacing
 from tests.fuzz.harness import Bug, pack, unpack
+from tests.fuzz.hostile_worker import KEY, LOOKED_AT, HostileWorker
 from tests.fuzz.mutate import Mutator
-from wire.sealing import NoSeal
+from tests.fuzz.sealed_frames import PLAIN, RAW, STATUS, draw_edit, padded
+from tests.fuzz.uploads import adapter
+from wire.sealing import ClientCall, Receiver
 from wire.v1 import gpu_worker_pb2 as gpu
 from wire.v1 import trusted_worker_pb2 as pb
 
 TARGET = "127.0.0.1:1"
 PROMPT, ANSWER = [1, 2, 3], [4, 5, 6, 7]
-STATUS = b"\xff\xfe!"  # a frame that begins so is a status, not a message
-
-
-class _Status(grpc.RpcError):
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self._code = list(grpc.StatusCode)[number % len(grpc.StatusCode)]
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return "details"
-
-
-def _parse(kind: Any, data: bytes) -> Any:
-    """What gRPC makes of a frame."""
-    if data.startswith(STATUS):
-        raise _Status(data[-1])
-    try:
-        return kind.FromString(data)
-    except DecodeError:
-        raise _Status(13) from None
-
-
-class _Call:
-    """A response stream."""
-
-    def __init__(self, kind: Any, frames: list[bytes]) -> None:
-        self._kind, self._frames = kind, frames
-
-    def __iter__(self) -> Iterator[Any]:
-        for frame in self._frames:
-            yield _parse(self._kind, frame)
-
-    def cancel(self) -> bool:
-        """The client has had enough."""
-        return True
-
-
-class _Channel:
-    """A grpc.Channel whose peer says what it is told to, by the method's name."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, list[bytes]] = {}
-
-    def unary_unary(self, path: str, *_: Any, **__: Any) -> Callable[..., Any]:
-        """A method of one request and one response."""
-        name = path.rpartition("/")[2]
-        kind = {"Attest": pb.AttestResponse, "Stats": pb.StatsResponse}.get(name, pb.Sealed)
-        return lambda *_, **__: _parse(kind, self.answers.get(name, [b""])[0])
-
-    def stream_stream(self, path: str, *_: Any, **__: Any) -> Callable[..., Any]:
-        """A method of streams."""
-        return lambda *_, **__: _Call(pb.Sealed, self.answers.get(path.rpartition("/")[2], []))
-
-    def close(self) -> None:
-        """It has nothing to close."""
+ADAPTER = b"an adapter, here"
+SECONDS = 5.0
+ODD_KEYS = (  # of X25519: no point, points of small order, one that is not reduced
+    b"",
+    bytes(31),
+    bytes(32),
+    (1).to_bytes(32, "little"),
+    (325606250916557431795983626356110631294008115727848805560023387167927233504).to_bytes(32, "little"),
+    ((1 << 255) - 20).to_bytes(32, "little"),
+    ((1 << 255) - 19).to_bytes(32, "little"),
+    ((1 << 255) - 18).to_bytes(32, "little"),
+    b"\xff" * 32,
+    b"\x09" + bytes(31),
+)
 
 
 class ClientTarget:
-    """Fresh for every entry."""
+    """Fresh for every entry, but for the worker's key."""
 
     name = "client"
 
     def __init__(self, folders: dict[str, Path]) -> None:
-        self._seal = NoSeal()
         self._request = client.Request("llama", "tee-only", "int8", model_folder=folders["llama"])
+        self._uploads = hasattr(client.TrustedWorker, "upload")
+        self._adapter: dict[str, Any] = {"adapter_folder": folders["llama"].parent / "adapter"}
+        self._adapter["adapter_folder"].mkdir(exist_ok=True)
+        for name, data in zip(("adapter_config.json", "adapter_model.safetensors"), adapter(2), strict=True):
+            (self._adapter["adapter_folder"] / name).write_bytes(data)
 
     def begin(self) -> None:
         """See Target."""
+        self._receiver = Receiver()
 
     def next(self, random: Random) -> tuple[bytes, int]:
         """See Target."""
         mutator, way = Mutator(random), random.random()
-        if way < 0.15:
-            return b"A" + mutator.message(pb.AttestResponse(provider="none", evidence=b"")), 1
-        if way < 0.25:
+        if way < 0.12:
+            return b"A" + _evidence(random, mutator), 1
+        if way < 0.2:
             return b"S" + mutator.message(pb.StatsResponse(scheme="tee-only", pads_in_stock=5)), 1
-        whole: list[Any] = honest(client_embeds=random.random() < 0.3)
-        frames = [self._wrap(message) for message in whole]
-        place = random.choice((0, *range(len(frames))))
-        if random.random() < 0.15:
-            frames[place] = mutator.message(self._seal.wrap(whole[place]))
-        else:
-            frames[place] = pb.Sealed(body=mutator.message(whole[place])).SerializeToString()
+        if way < 0.25 and self._uploads:
+            return b"U" + pack(_uploaded(random, mutator)), 1
+        opened, *rest = honest(client_embeds=random.random() < 0.3)
+        parts, place = [[_part(opened)], list(map(_part, rest))], random.choice((0, 0, 1, 1, 1, 1, 1))
+        if way < 0.4:
+            parts[place] += [draw_edit(random, len(parts[place]), LOOKED_AT) for _ in range(random.choice((1, 1, 2)))]
+            return b"D" + pack(map(pack, parts)), 1
+        which = random.randrange(len(parts[place]))
+        parts[place][which] = _spoilt(random, mutator, rest[which] if place else opened)
         way = random.random()
         if way < 0.1:
-            frames.insert(random.randrange(len(frames) + 1), STATUS + bytes([random.randrange(17)]))
+            parts[random.randrange(2)].insert(0, STATUS + bytes([random.randrange(17)]))
         elif way < 0.2:
-            frames.insert(random.randrange(1, len(frames) + 1), random.choice(frames))
+            parts[1].insert(random.randrange(len(parts[1]) + 1), random.choice(parts[1]))
         elif way < 0.25:
-            frames.pop()
-        return b"D" + pack(frames), 1
+            parts[1].pop()
+        return b"D" + pack(map(pack, parts)), 1
 
     def play(self, entry: bytes) -> str:
         """See Target."""
-        channel: Any = _Channel()
-        kind, body = entry[:1], entry[1:]
+        worker, kind, body = HostileWorker(self._receiver), entry[:1], entry[1:]
+        opened, *rest = honest()
+        opened.adapter = ADAPTER if kind == b"U" else b""
+        worker.opened, worker.decoded = [_part(opened)], list(map(_part, rest))
+        if kind == b"U":
+            worker.uploaded = unpack(body)
         if kind == b"A":
-            channel.answers["Attest"] = [body]
-            return f"attested: {client._attest(channel, TARGET, Policy(), 1.0).provider}"
-        trusted = client.TrustedWorker(channel, verify(TARGET, "none", Policy()))
+            worker.attested = body
+        if kind == b"D":
+            worker.opened, worker.decoded = (*map(unpack, unpack(body)), [], [])[:2]
         if kind == b"S":
-            channel.answers["Stats"] = [body]
-            trusted.counters()
-            return "counted"
-        frames = unpack(body)
-        channel.answers = {"Open": frames[:1] or [b""], "Decode": frames[1:], "Close": [b""]}
-        return self._turn(trusted)
+            worker.stats = body
+        if kind == b"U" and not self._uploads:
+            return "no uploads"
+        return self._watched(worker, kind)
 
     def end(self) -> None:
         """See Target."""
 
     def check(self) -> None:
         """See Target."""
+        self.begin()
         for client_embeds in (False, True):
-            if self.play(b"D" + pack(map(self._wrap, honest(client_embeds)))) != "answered: eos":
+            opened, *rest = honest(client_embeds)
+            if self.play(b"D" + pack([pack([_part(opened)]), pack(map(_part, rest))])) != "answered: eos":
                 raise Bug("client: an honest turn has another end")
 
     def close(self) -> None:
         """See Target."""
 
-    def _turn(self, trusted: client.TrustedWorker) -> str:
-        session = trusted.open(self._request)
+    def _watched(self, worker: HostileWorker, kind: bytes) -> str:
+        """What comes of a client of this worker. Raises Bug when it takes a message that it must not take."""
+        fallen: list[Any] = []
+        original = ClientCall.open
+
+        def open_(call: ClientCall, sealed: pb.Sealed, of: type[Message]) -> Message:
+            message = original(call, sealed, of)
+            worker.taken(call._context.enc, message)
+            return message
+
         try:
-            turn = session.turn(PROMPT, Pacing(credit=3, max_new_tokens=6, step_seconds=5.0))
+            with (
+                mock.patch("client.session.grpc.insecure_channel", return_value=worker),
+                mock.patch.object(ClientCall, "open", open_),
+                mock.patch("threading.excepthook", fallen.append),
+            ):
+                return self._connect(kind)
+        finally:
+            if fallen:
+                raise fallen[0].exc_value
+            if worker.wrong:
+                raise Bug(worker.wrong)
+
+    def _connect(self, kind: bytes) -> str:
+        with client.TrustedWorker(TARGET, Policy(), SECONDS) as trusted:
+            if kind == b"S":
+                trusted.counters()
+                return "counted"
+            return self._turn(trusted, replace(self._request, **self._adapter) if kind == b"U" else self._request)
+
+    def _turn(self, trusted: client.TrustedWorker, request: client.Request) -> str:
+        session = trusted.open(request)
+        try:
+            turn = session.turn(PROMPT, Pacing(credit=3, max_new_tokens=6, step_seconds=SECONDS))
             tokens = [token.token_id for token in turn]
             if len(tokens) > 6 or session.context != PROMPT + tokens or not session.ready:
                 raise Bug("client: it lost count of the context")
             return f"answered: {turn.finish_reason}"
         finally:
             session.close()
-
-    def _wrap(self, message: Any) -> bytes:
-        return self._seal.wrap(message).SerializeToString()
+            if any(thread.name == "decode-reader" for thread in threading.enumerate()):
+                raise Bug("client: the thread of a closed session goes on")
 
 
 def honest(client_embeds: bool = False) -> list[Any]:
     """An OpenResponse, tokens and a FINAL."""
     opened = pb.OpenResponse(
-        session=bytes(16),
+        session=b"a session's name",
         model="llama",
         scheme="tee-only",
         precision=gpu.PRECISION_INT8,
@@ -176,3 +178,35 @@ def honest(client_embeds: bool = False) -> list[Any]:
     tokens = [pb.Token(token_id=one, logprob=-0.5, top=[pb.Logprob(token_id=one, logprob=-0.5)]) for one in ANSWER]
     final = pb.Final(reason=pb.FINISH_REASON_EOS, context_tokens=len(PROMPT) + len(ANSWER))
     return [opened, *[pb.DecodeResponse(token=one) for one in tokens], pb.DecodeResponse(final=final)]
+
+
+def _evidence(random: Random, mutator: Mutator) -> bytes:
+    """An AttestResponse of provider none; half the time all is well but for the key."""
+    answer = pb.AttestResponse(provider="none", nonce=random.randbytes(32), hpke_key=KEY, claims=b"{}")
+    if random.random() < 0.5:
+        answer.hpke_key = random.choice((*ODD_KEYS, random.randbytes(32)))
+        return answer.SerializeToString()
+    return mutator.message(answer)
+
+
+def _uploaded(random: Random, mutator: Mutator) -> list[bytes]:
+    """Parts of an answer to Upload."""
+    answer = pb.UploadResponse(adapter=ADAPTER, size=4096)
+    if random.random() < 0.4:
+        return [_part(answer), draw_edit(random, 1, LOOKED_AT)]
+    return [_spoilt(random, mutator, answer)]
+
+
+def _part(message: Message) -> bytes:
+    return PLAIN + message.SerializeToString()
+
+
+def _spoilt(random: Random, mutator: Mutator, message: Message) -> bytes:
+    """A part with something wrong: the message, its padding, or all of the frame."""
+    way = random.random()
+    if way < 0.8:
+        return PLAIN + mutator.message(message)
+    if way < 0.9:
+        return padded(mutator, message)
+    frame = pb.Sealed(body=random.randbytes(480), nonce=random.choice((b"", random.randbytes(32))))
+    return RAW + mutator.message(frame)

@@ -97,7 +97,7 @@ class Mutator:
         random, whole = self.random, field.type == Field.TYPE_MESSAGE
         way = random.randrange(7)
         if way == 0 or not len(values):
-            empty: Any = "" if field.type == Field.TYPE_STRING else 0
+            empty: Any = {Field.TYPE_STRING: "", Field.TYPE_BYTES: b""}.get(field.type, 0)
             count = random.choice((1, 1, 1, 2, 4, 10, 257)) if random.random() < 0.99 else 5000
             for _ in range(count):
                 values.add() if whole else values.append(self._value(field, empty))

@@ -1,11 +1,11 @@
 """Both services as real processes on real ports: bytes through gRPC, and bytes that are no HTTP/2 at all.
 
-Entries: G and T, the number of a method of the GPU worker or trusted worker and the messages of one call as bytes;
-H, a service and what a bare TCP connection says to it before it leaves; I, one that says nothing and stays.
+Entries: G, the number of a method of the GPU worker and the messages of one call as bytes; T, the number of a method of
+the trusted worker, flags (sealed_caller.py), and the parts of one call (sealed_frames.py); H, a service and what a bare
+TCP connection says to it before it leaves; I, one that says nothing and stays.
 """
 
 import os
-import queue
 import socket
 import subprocess
 import sys
@@ -16,11 +16,15 @@ from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from tests.fuzz.calls import Calls, frames
 from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.mutate import Mutator
+from tests.fuzz.sealed_caller import LOOKED_AT, REPLAYED, SESSION_SECONDS, VALID, SealedCaller
+from tests.fuzz.sealed_frames import PLAIN, RAW, SEALED, draw_edit, padded, parses
+from tests.fuzz.uploads import spoilt, valid
+from trusted_worker.service import Service
 from wire.channel import MAX_MESSAGE_BYTES
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as gpu
@@ -37,13 +41,16 @@ GPU: tuple[tuple[str, type[Message], bool], ...] = (
     ("Load", gpu.LoadRequest, False),
     ("Describe", gpu.DescribeRequest, False),
 )
+UPLOAD = ("Upload", pb.Sealed, True)
 TRUSTED: tuple[tuple[str, type[Message], bool], ...] = (
     ("Decode", pb.Sealed, True),
     ("Open", pb.Sealed, False),
     ("Close", pb.Sealed, False),
     ("Attest", pb.AttestRequest, False),
     ("Stats", pb.StatsRequest, False),
+    UPLOAD,
 )
+
 KINDS: dict[bytes, tuple[str, tuple[tuple[str, type[Message], bool], ...]]] = {
     b"G": ("wire.v1.GpuWorkerService", GPU),
     b"T": ("wire.v1.TrustedWorkerService", TRUSTED),
@@ -57,10 +64,11 @@ class SocketsTarget:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         model = ["--listen", "127.0.0.1:0", "--model", str(folders["llama"]), "--parent", str(os.getpid())]
-        trusted = ["--scheme", "tee-only", "--precision", "int8", "--memory-budget", "512KiB", "--threads", "1"]
+        trusted = ["--scheme", "tee-only", "--precision", "int8", "--memory-budget", "640KiB", "--threads", "1"]
+        trusted += ["--adapter-memory", "128KiB", "--session-seconds", str(SESSION_SECONDS)]
         self._processes = [
             _start("gpu_worker", "--threads", "1", "--device", "cpu", *model),
-            _start("trusted_worker", *trusted, "--session-seconds", "0.5", *model),
+            _start("trusted_worker", *trusted, *model),
         ]
         self._config = ModelConfig.from_hf(folders["llama"])
         self._ports: list[int] = []
@@ -89,16 +97,17 @@ class SocketsTarget:
         kind, number, body = entry[:1], entry[1], entry[2:]
         if kind in (b"H", b"I"):
             return self._bare(number % 2, body, stay=kind == b"I")
-        service, methods = KINDS[kind]
-        method, parser, streams = methods[number % len(methods)]
-        parts = unpack(body)
+        method, parser, streams = KINDS[kind][1][number % len(KINDS[kind][1])]
+        parts = unpack(body[1:] if kind == b"T" else body)
+        if kind == b"T" and any(part[:1] in SEALED for part in parts):
+            return self._caller.play(method, body[0], parts)
+        if kind == b"T":
+            parts = [part[1:] for part in parts]
         if not streams:
             parts = (parts or [b""])[:1]
-        code = self._call(self._channels[kind], f"/{service}/{method}", parts, streams)
-        broken = not all(_parses(parser, part) for part in parts)
-        if code == "UNKNOWN" or (code == "INTERNAL" and not broken):
-            raise Bug(f"sockets: {method} ends with {code}{' for bytes that are no message' if broken else ''}")
-        return f"{code}, no message" if broken and code == "INTERNAL" else code
+        code = self._call(kind, method, parts)[0]
+        broken = not all(parses(parser, part) for part in parts)
+        return f"{code}, no message" if broken else code
 
     def end(self) -> None:
         """See Target."""
@@ -139,6 +148,7 @@ class SocketsTarget:
         options = [("grpc.max_send_message_length", -1)]
         made = [grpc.insecure_channel(f"127.0.0.1:{port}", options=options) for port in self._ports]
         self._channels: dict[bytes, Any] = dict(zip(KINDS, made, strict=True))
+        self._caller = SealedCaller(made[1], lambda method, frames: self._call(b"T", method, frames), _request())
 
     def _gpu(self, random: Random, mutator: Mutator) -> bytes:
         """A call of the GPU worker: some valid frames, then mutated ones."""
@@ -163,42 +173,66 @@ class SocketsTarget:
         return b"G\x00" + pack(parts)
 
     def _trusted(self, random: Random, mutator: Mutator) -> bytes:
-        """A call of the trusted worker."""
-        number, session = random.randrange(len(TRUSTED)), self._open() if random.random() < 0.02 else bytes(16)
-        embeddings = random.randbytes(64) if random.random() < 0.1 else b""
-        messages: dict[str, Message] = {
-            "Decode": pb.DecodeRequest(session=session, token_ids=[1, 2], credit=2, embeddings=embeddings),
-            "Open": self._request(),
-            "Close": pb.CloseRequest(session=session),
-            "Attest": pb.AttestRequest(nonce=bytes(32)),
-            "Stats": pb.StatsRequest(),
-        }
+        """A call of the trusted worker, with a message that is wrong, or with a frame that is."""
+        served = len(TRUSTED) if hasattr(Service, "begin_upload") else TRUSTED.index(UPLOAD)
+        number = random.choice((0, 0, 0, *range(served)))
         method, parser, _ = TRUSTED[number]
-        message = messages[method]
         if parser is not pb.Sealed:
-            return b"T" + bytes([number]) + pack([mutator.message(message)])
-        made = pb.Sealed(body=mutator.message(message)).SerializeToString()
-        if random.random() < 0.2:
-            made = mutator.message(pb.Sealed(body=message.SerializeToString()))
-        if random.random() < 0.003:
-            made = pb.Sealed(body=bytes(random.choice((1 << 20, MAX_MESSAGE_BYTES)))).SerializeToString()
-        good = pb.Sealed(body=messages["Decode"].SerializeToString()).SerializeToString()
-        return b"T" + bytes([number]) + pack([good] * random.choice((0, 0, 1, 2)) + [made])
+            asked: Message = pb.AttestRequest(nonce=bytes(32)) if method == "Attest" else pb.StatsRequest()
+            return b"T" + bytes([number, 0]) + pack([RAW + mutator.message(asked)])
+        good, flags, way = self._messages(random, method), 0, random.random()
+        parts = [PLAIN + one.SerializeToString() for one in good]
+        if way < 0.3:
+            flags = VALID
+            parts += [draw_edit(random, len(parts), LOOKED_AT) for _ in range(random.choice((1, 1, 2)))]
+        elif way < 0.4:
+            flags = VALID | REPLAYED
+        elif way < 0.6:
+            frame = pb.Sealed(body=random.randbytes(480), enc=random.randbytes(32), session=random.randbytes(16))
+            parts[random.randrange(len(parts))] = RAW + mutator.message(frame)
+        elif way < 0.603:
+            parts = [RAW + pb.Sealed(body=bytes(random.choice((1 << 20, MAX_MESSAGE_BYTES)))).SerializeToString()]
+        elif method == "Upload":
+            parts = [PLAIN + one for one in spoilt(random, mutator)]
+        elif way < 0.65:
+            parts[-1] = padded(mutator, good[-1])
+        else:
+            parts[-1] = PLAIN + mutator.message(good[-1])
+        return b"T" + bytes([number, flags]) + pack(parts)
 
-    def _call(self, channel: Any, path: str, parts: list[bytes], streams: bool) -> str:
-        """The status that the call ends with."""
+    def _messages(self, random: Random, method: str) -> list[Message]:
+        """A valid call."""
+        if method == "Open":
+            return [_request()]
+        if method == "Close":
+            return [pb.CloseRequest()]
+        if method == "Upload":
+            return [pb.UploadRequest.FromString(one) for one in valid(random)]
+        ask = pb.DecodeRequest(token_ids=[1, 2], credit=2)
+        return [ask] * random.choice((1, 1, 2, 3))
+
+    def _call(self, kind: bytes, method: str, parts: list[bytes]) -> tuple[str, list[bytes]]:
+        """The status that the call ends with, and what came before it. Raises Bug when it says too much, or nothing."""
+        service, methods = KINDS[kind]
+        channel, path = self._channels[kind], f"/{service}/{method}"
+        streams, answers = {name: way for name, _, way in methods}[method], list[bytes]()
         try:
-            if streams:
-                for _ in channel.stream_stream(path)(iter(parts), timeout=SECONDS):
-                    pass
+            if method == UPLOAD[0]:
+                answers.append(channel.stream_unary(path)(iter(parts), timeout=SECONDS))
+            elif streams:
+                for answer in channel.stream_stream(path)(iter(parts), timeout=SECONDS):
+                    answers.append(answer)
             else:
-                channel.unary_unary(path)(parts[0], timeout=SECONDS)
+                answers.append(channel.unary_unary(path)(parts[0], timeout=SECONDS))
         except grpc.RpcError as error:
             status: Any = error
-            if status.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
-                raise Bug(f"sockets: {path} ends with {status.code().name}: {status.details()}") from None
-            return str(status.code().name)
-        return "OK"
+            code = status.code()
+            if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                raise Bug(f"sockets: {path} ends with {code.name}: {status.details()}") from None
+            if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+                raise Bug(f"sockets: {method} ends with {code.name}") from None
+            return str(code.name), answers
+        return "OK", answers
 
     def _bare(self, number: int, said: bytes, stay: bool) -> str:
         """A connection without gRPC."""
@@ -230,40 +264,19 @@ class SocketsTarget:
             if time.monotonic() > deadline:
                 raise Bug("sockets: sessions of clients that left stay")
             time.sleep(0.1)
-        session = self._open()
-        ask = pb.DecodeRequest(session=session, token_ids=[3, 1, 4], credit=4)
-        call = channel.stream_stream("/wire.v1.TrustedWorkerService/Decode")
-        requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # left open: who ends it wants no more tokens
-        requests.put(pb.Sealed(body=ask.SerializeToString()).SerializeToString())
-        answers = call(iter(requests.get, None), timeout=SECONDS)
-        said = b"".join(next(answers, b"") for _ in range(4))
-        requests.put(None)
-        answers.cancel()
-        close = pb.Sealed(body=pb.CloseRequest(session=session).SerializeToString())
-        channel.unary_unary("/wire.v1.TrustedWorkerService/Close")(close.SerializeToString(), timeout=SECONDS)
-        return said
+        session = self._caller.open()
+        said = self._caller.tokens(session, pb.DecodeRequest(token_ids=[3, 1, 4], credit=4), 4)
+        self._caller.close(session)
+        return b"".join(said)
 
-    def _open(self) -> bytes:
-        method = self._channels[b"T"].unary_unary("/wire.v1.TrustedWorkerService/Open")
-        sealed = pb.Sealed(body=self._request().SerializeToString())
-        answer = method(sealed.SerializeToString(), timeout=SECONDS)
-        return pb.OpenResponse.FromString(pb.Sealed.FromString(answer).body).session
 
-    def _request(self) -> pb.OpenRequest:
-        return pb.OpenRequest(model="llama", scheme="tee-only", precision=gpu.PRECISION_INT8, max_context=20)
+def _request() -> pb.OpenRequest:
+    return pb.OpenRequest(model="llama", scheme="tee-only", precision=gpu.PRECISION_INT8, max_context=20)
 
 
 def _start(module: str, *flags: str) -> Any:
     command = [sys.executable, "-m", module, *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def _parses(kind: type[Message], data: bytes) -> bool:
-    try:
-        kind.FromString(data)
-    except DecodeError:
-        return False
-    return True
 
 
 def _peak(pid: int) -> int:

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from Crypto.Cipher import AES
 
 from client import session
 from gpu_worker.cache import CacheStore, Sequence
@@ -21,6 +22,7 @@ from tests.fuzz.run import run
 from trusted_worker import offload
 from trusted_worker.offload import GpuWorker
 from trusted_worker.service import Service
+from wire import sealing
 from wire.codec import MAX_TENSOR_BYTES
 from wire.errors import InvalidArgumentError
 from wire.model_config import ModelConfig
@@ -28,7 +30,7 @@ from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import tensor_pb2
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
-FRAMES = {"gpu": 8000, "trusted": 600, "offload": 4000, "client": 1000, "sockets": 200}
+FRAMES = {"gpu": 8000, "trusted": 600, "offload": 4000, "client": 300, "sockets": 300}
 INSIDE = ("gpu", "trusted", "offload", "client")
 Make = Callable[[str], Target]
 
@@ -96,8 +98,8 @@ def taking_anything(self: Any, *_: Any) -> Any:
     return np.zeros((1, 2), np.float32)
 
 
-def expecting(self: Service, name: bytes) -> None:
-    self.engine.remove(self._sessions.pop(name))
+def expecting(self: Service, name: bytes) -> Any:
+    return self._sessions[name]
 
 
 def trusting(request: Any, opened: Any) -> None:
@@ -105,13 +107,18 @@ def trusting(request: Any, opened: Any) -> None:
         raise KeyError(opened.scheme)
 
 
+def unsealing(key: bytes, sequence: int, body: bytes, bound: bytes) -> bytes:
+    return AES.new(key, AES.MODE_GCM, nonce=sequence.to_bytes(12, "big")).decrypt(body[:-16])
+
+
 PLANTED: dict[str, tuple[str, Any, str, Any]] = {
     "an error that is not of the tree": ("gpu", Sequence, "permute", broken),
     "memory that stays taken": ("gpu", CacheStore, "drop", forgetting),
     "a refused call that changes something": ("gpu", Sequence, "permute", counting_early),
     "a refusal that is taken for an answer": ("offload", offload, "_refusal", taking_anything),
-    "a session that must exist": ("trusted", Service, "close", expecting),
+    "a session that must exist": ("trusted", Service, "session", expecting),
     "another scheme that is not foreseen": ("client", session, "_check_echo", trusting),
+    "a seal that is not looked at": ("client", sealing, "_open", unsealing),
 }
 
 

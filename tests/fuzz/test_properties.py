@@ -12,17 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.calls import Call, CallReader
+from tests.fuzz.sealed_frames import PADDED, seal
 from tests.fuzz.tiny import CONFIGS
 from wire.codec import MAX_RANK, MAX_TENSOR_BYTES, Assembler, byte_length, header_of
-from wire.errors import CleaveError, InvalidArgumentError
+from wire.errors import CleaveError, InvalidArgumentError, SealError, UnauthenticatedError
 from wire.model_config import ModelConfig
-from wire.sealing import NoSeal
+from wire.sealing import ClientCall, Receiver
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import tensor_pb2
 from wire.v1 import trusted_worker_pb2 as trusted
 
 UINT32 = st.integers(0, (1 << 32) - 1)
 MODEL: Any = SimpleNamespace(config=ModelConfig.from_dict("llama", CONFIGS["llama"], {}))
+RECEIVER = Receiver()
+CALL = ClientCall(RECEIVER.public_key, "Open")
 quick = settings(max_examples=200, deadline=None, derandomize=True)
 
 
@@ -57,10 +60,23 @@ def test_a_header_is_bounded_or_refused(dtype: int, shape: list[int]) -> None:
 
 
 @quick
-@given(st.binary(max_size=200), st.sampled_from([trusted.OpenRequest, trusted.DecodeRequest, trusted.CloseRequest]))
-def test_a_seal_opens_or_refuses(body: bytes, kind: Any) -> None:
+@given(
+    st.one_of(st.binary(max_size=200), st.builds(lambda body: len(body).to_bytes(4, "big") + body, st.binary())),
+    st.sampled_from([trusted.OpenRequest, trusted.DecodeRequest, trusted.UploadRequest]),
+)
+def test_whatever_a_client_seals_is_a_message_or_refused(plain: bytes, kind: Any) -> None:
+    frame = trusted.Sealed.FromString(seal(ClientCall(RECEIVER.public_key, "Open"), PADDED + plain))
     with contextlib.suppress(InvalidArgumentError):
-        assert isinstance(NoSeal().open(trusted.Sealed(body=body), kind), kind)
+        assert isinstance(RECEIVER.accept(frame, "Open", kind)[1], kind)
+
+
+@quick
+@given(st.binary(max_size=600), st.binary(min_size=30, max_size=33), st.sampled_from([b"", b"1", bytes(16)]))
+def test_what_nobody_sealed_does_not_open(body: bytes, number: bytes, session: bytes) -> None:
+    with pytest.raises((UnauthenticatedError, InvalidArgumentError)):
+        RECEIVER.accept(trusted.Sealed(body=body, enc=number, session=session), "Open", trusted.OpenRequest)
+    with pytest.raises(SealError):
+        CALL.open(trusted.Sealed(body=body, nonce=number), trusted.OpenResponse)
 
 
 @quick

@@ -1,12 +1,15 @@
-"""The trusted worker without a socket: Sealed -> NoSeal.open -> Service and Session, then steps of the engine.
+"""The trusted worker without a socket and below the seal: Service and Session, then steps of the engine.
 
-Entries: W, which world; A, an AttestRequest; O, D and C, the Sealed of Open, Decode and Close; T, a few steps.
+Entries: W, which world; A, an AttestRequest; O, D and C, the frame of Open, Decode and Close, as Plain has it
+(sealed_frames.py); U, the frames of an upload; T, a few steps.
 """
 
+import asyncio
 import itertools
 import logging
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,114 +17,17 @@ from unittest import mock
 
 from google.protobuf.message import DecodeError
 
-from client.embedding import EmbeddingTable
-from tests.fuzz.harness import KNOWN, Bug
+from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.mutate import Mutator
+from tests.fuzz.sealed_frames import Plain
 from tests.fuzz.tiny import CONTEXT, VOCABULARY
-from tests.simulators.in_process import InProcessWorker
-from trusted_worker import attestation
-from trusted_worker.config import parse
-from trusted_worker.offload import Traffic
-from trusted_worker.process_limit import ProcessLimit
-from trusted_worker.service import Service
-from wire.errors import CleaveError
-from wire.model_config import ModelConfig
-from wire.sealing import NoSeal
-from wire.v1 import gpu_worker_pb2 as gpu
+from tests.fuzz.uploads import spoilt, valid
+from tests.fuzz.worlds import ADAPTERS, KEY, WORLDS, World
+from wire.errors import CleaveError, SealError
 from wire.v1 import trusted_worker_pb2 as pb
 
-WORLDS = (
-    ("llama", "tee-only", "float32", "256KiB", ()),
-    ("mistral", "tee-only", "int8", "192KiB", ("--max-context", "50")),
-    ("llama", "secure-infer", "int8", "4MiB", ("--prefill", "worker", "--pad-bank", "64KiB")),
-    ("qwen3", "kv-shield", "float32", "64KiB", ("--seal-idle", "--rotate-every", "4", "--kv-dtype", "int8")),
-    ("gpt2", "plain", "float32", "64KiB", ()),
-    ("llama", "tee-only", "int8", "80KiB", ("--embed", "client", "--kv-dtype", "int8")),
-    ("qwen3", "secure-infer", "int8", "136KiB", ("--embed", "client", "--prefill", "worker", "--pad-bank", "8KiB")),
-    ("llama", "secure-infer", "int8", "96KiB", ("--kv-dtype", "float16", "--prefill", "worker", "--pad-bank", "8KiB")),
-)
-PRECISIONS = {"float32": gpu.PRECISION_FLOAT32, "int8": gpu.PRECISION_INT8}
 PROMPT = [3, 1, 4, 1, 5]
-
-
-class _Local(InProcessWorker):
-    """The real GPU worker in this process, with what a Service asks of an offload.GpuWorker beyond `call`."""
-
-    def __init__(self, folder: Path, config: ModelConfig, precision: gpu.Precision.ValueType) -> None:
-        super().__init__(folder, config, precision)
-        self.traffic = Traffic()
-        self.greet: Any = None
-
-    def connect(self, **_: Any) -> None:
-        """There is nobody to wait for."""
-        if self.greet is not None:
-            self.greet()
-
-
-class _World:
-    """A service whose compute thread is this one."""
-
-    def __init__(self, folders: dict[str, Path], index: int) -> None:
-        self.model, self.scheme, self.precision, budget, more = WORLDS[index]
-        flags = ["--model", str(folders[self.model]), "--scheme", self.scheme, "--precision", self.precision]
-        flags += ["--memory-budget", budget, "--gpu-worker", "unix:/nowhere", *more]
-        self.service = _service(flags)
-        if self.scheme != "tee-only":
-            self.service.worker = _Local(folders[self.model], self.service.config, PRECISIONS[self.precision])
-        self.runner = self.service._load()
-        self.service.engine.scheme = self.runner
-        self.rest()
-        stats = self.service.stats()
-        self.used, self.spilled = stats.memory_used, stats.spill_bytes
-        embeds = stats.embedding == "client"
-        self.table = EmbeddingTable(folders[self.model], self.precision) if embeds else None
-        self.said: list[int] | None = None
-
-    def request(self) -> pb.OpenRequest:
-        return pb.OpenRequest(model=self.model, scheme=self.scheme, precision=PRECISIONS[self.precision])
-
-    def rows(self, ids: list[int]) -> bytes:
-        """The embeddings of tokens, where the client sends them."""
-        return self.table.rows(ids) if self.table else b""
-
-    def steps(self, most: int) -> None:
-        """What the compute thread does when it has time."""
-        while most and self.service.engine._step(self.runner):
-            most -= 1
-        if most:
-            self.idle()
-        if isinstance(self.service.worker, _Local):
-            self.service.worker.seen.clear()
-
-    def idle(self) -> bool:
-        """One piece of idle work. Nobody waits for it, so no error of it is right."""
-        try:
-            return bool(self.runner.idle())
-        except CleaveError as error:
-            found = f"trusted: idle work of {self.scheme} failed: {error}"
-            if found not in KNOWN:
-                raise Bug(found) from error
-            return True
-
-    def rest(self) -> None:
-        """All idle work there is."""
-        while self.idle():
-            pass
-
-    def settle(self) -> None:
-        """Everything is closed: is everything given back?"""
-        for name in list(self.service._sessions):
-            self.service.close(name)
-        self.rest()
-        stats = self.service.stats()
-        if (stats.sessions, stats.memory_used, stats.pads_reused) != (0, self.used, 0):
-            raise Bug(f"trusted: {self.scheme} keeps {stats.sessions} sessions, {stats.memory_used - self.used} bytes")
-        if (stats.kv_pages_used, stats.spill_bytes) != (0, self.spilled):
-            raise Bug(f"trusted: {self.scheme} keeps {stats.kv_pages_used} pages")
-
-
-def _service(flags: list[str]) -> Any:
-    return Service(parse(flags), ProcessLimit())
+SECRET = bytes(range(32))
 
 
 class TrustedTarget:
@@ -138,20 +44,21 @@ class TrustedTarget:
         self._log = logging.getLogger("trusted_worker")
         self._log.addHandler(self._handler)
         self._log.propagate = False
-        self._worlds = [_World(folders, index) for index in range(len(WORLDS))]
-        self._seal = NoSeal()
-        self._world: _World | None = None
+        self._worlds = [World(folders, index) for index in range(len(WORLDS))]
+        self._seal, self._loop = Plain(), asyncio.new_event_loop()
+        self._world: World | None = None
 
     def begin(self) -> None:
         """See Target."""
         self._world, self._names = None, itertools.count(1)
         self._granted: dict[bytes, int] = {}
+        self._adapters: list[bytes] = []
         self._events: list[tuple[bytes, Any]] = []
         self._emitters: dict[bytes, Any] = {}
         self._recent: list[bytes] = []
         self._logged.clear()
 
-    def next(self, random: Random) -> tuple[bytes, int]:
+    def next(self, random: Random) -> tuple[bytes, int]:  # noqa: PLR0911
         """See Target."""
         if self._world is None:
             return b"W" + bytes([random.randrange(len(WORLDS))]), 0
@@ -162,21 +69,11 @@ class TrustedTarget:
             return b"T", 0
         if way < 0.1:
             return b"A" + mutator.message(pb.AttestRequest(nonce=random.randbytes(32))), 1
-        message: Any
-        if way < 0.35:
-            kind, message = b"O", self._open_request(random)
-        elif way < 0.92:
-            kind, message = b"D", self._decode_request(random)
-        else:
-            kind, message = b"C", pb.CloseRequest(session=self._some(random))
-        if random.random() < 0.1:
-            return kind + self._seal.wrap(message).SerializeToString(), 0
-        if random.random() < 0.1:
-            made = mutator.message(self._seal.wrap(message))
-        else:
-            made = pb.Sealed(body=mutator.message(message)).SerializeToString()
-        self._recent = [*self._recent[-10:], made]
-        return kind + made, 1
+        if way < 0.12 and self._world.adapters:
+            return b"U" + pack(self._frames(valid(random))), 0
+        if way < 0.2 and self._world.adapters:
+            return b"U" + pack(self._upload(random, mutator)), 1
+        return self._call(random, mutator, way)
 
     def play(self, entry: bytes) -> str:
         """See Target."""
@@ -203,7 +100,7 @@ class TrustedTarget:
         """See Target: greedy tokens of every world."""
         for world in self._worlds:
             events: list[Any] = []
-            session = world.service.session(world.service.open(world.request()).session)
+            session = world.service.session(world.service.open(world.request(), SECRET).session)
             session.attach(events.append)
             session.feed(PROMPT, 6, False, world.rows(PROMPT))
             said = list[int]()
@@ -219,35 +116,79 @@ class TrustedTarget:
     def close(self) -> None:
         """See Target."""
         self._log.removeHandler(self._handler)
+        self._loop.close()
 
-    def _feed(self, world: _World, kind: bytes, body: bytes) -> str:
+    def _feed(self, world: World, kind: bytes, body: bytes) -> str:
         """What the server does with a message."""
         service = world.service
         if kind == b"T":
             world.steps(6)
             return "steps"
         if kind == b"A":
-            return f"answered: {attestation.attest(pb.AttestRequest.FromString(body).nonce).provider}"
+            return self._attest(world, pb.AttestRequest.FromString(body))
+        if kind == b"U":
+            return self._take_upload(world, unpack(body))
         sealed = pb.Sealed.FromString(body)
         if kind == b"O":
-            answer = service.open(self._seal.open(sealed, pb.OpenRequest))
-            if not 1 <= answer.max_context <= CONTEXT or len(answer.session) != 16:
-                raise Bug("trusted: a session of another form")
-            self._granted[answer.session] = 0
-            return "opened"
+            return self._open(world, self._seal.open(sealed, pb.OpenRequest))
+        name = sealed.session
+        session = service.session(name)  # whose secret opens the frame
         if kind == b"C":
-            service.close(self._seal.open(sealed, pb.CloseRequest).session)
+            self._seal.open(sealed, pb.CloseRequest)
+            service.close(name)
             return "closed"
         frame = self._seal.open(sealed, pb.DecodeRequest)
-        session = service.session(frame.session)
-        if frame.session not in self._emitters:
-            name = frame.session
+        if name not in self._emitters:
             self._emitters[name] = lambda event: self._events.append((name, event))
             session.attach(self._emitters[name])
-        session.feed(list(frame.token_ids), frame.credit, frame.end_turn, frame.embeddings)
-        self._granted[frame.session] += frame.credit
+        session.feed(frame.token_ids, frame.credit, frame.end_turn, frame.embeddings)
+        self._granted[name] += frame.credit
         world.steps(3)
         return "fed"
+
+    def _attest(self, world: World, request: pb.AttestRequest) -> str:
+        answer = self._loop.run_until_complete(world.attestor.attest(request))
+        if answer.hpke_key != KEY or len(answer.nonce) != 32 or request.nonce not in (b"", answer.nonce):
+            raise Bug("trusted: evidence of another form")
+        return f"answered: {answer.provider}"
+
+    def _open(self, world: World, request: pb.OpenRequest) -> str:
+        answer = world.service.open(request, SECRET)
+        if not 1 <= answer.max_context <= CONTEXT or len(answer.session) != 16:
+            raise Bug("trusted: a session of another form")
+        if world.adapters and answer.adapter != request.adapter:
+            raise Bug("trusted: another adapter than was asked for")
+        if world.adapters and answer.perturbation < request.sampling.perturbation:
+            raise Bug("trusted: less perturbation than was asked for")
+        self._granted[answer.session] = 0
+        return "opened"
+
+    def _take_upload(self, world: World, frames: list[bytes]) -> str:
+        """What the server does with an upload."""
+        if not world.adapters:
+            return "no uploads"
+        due = iter(frames)
+        first = self._piece(due)
+        incoming = world.service.begin_upload(first.config, first.weights_size)
+        try:
+            incoming.write(first.weights)
+            while not incoming.complete:
+                incoming.write(self._piece(due).weights)
+            made = incoming.finish()
+        except BaseException:
+            incoming.abandon()
+            raise
+        if len(made.name) != 16 or not 0 < made.size <= ADAPTERS:
+            raise Bug("trusted: an adapter of another form")
+        self._adapters.append(made.name)
+        return "uploaded"
+
+    def _piece(self, frames: Iterator[bytes]) -> pb.UploadRequest:
+        """The next message. After the last frame comes one that does not open."""
+        frame = next(frames, None)
+        if frame is None:
+            raise SealError
+        return self._seal.open(pb.Sealed.FromString(frame), pb.UploadRequest)
 
     def _look(self) -> None:
         """What reached the clients: tokens that exist and were granted, FINALs, and errors of the tree."""
@@ -275,14 +216,45 @@ class TrustedTarget:
         sampling.temperature, sampling.top_p = random.choice((0, 0, 1, 1e-45, 100)), random.choice((0, 0.5, 1, 1e-45))
         sampling.top_k, sampling.repetition_penalty = random.choice((0, 1, 99)), random.choice((0, 1, 1.5, 1e-45, 100))
         sampling.seeded, sampling.logprobs = True, random.choice((0, 3, 100))
+        sampling.perturbation = random.choice((0, 0, 0, 1e-45, 0.5, 100))
+        if self._world.adapters:
+            request.adapter = random.choice((b"", *self._adapters, random.randbytes(16)))
         return request
 
-    def _decode_request(self, random: Random) -> pb.DecodeRequest:
+    def _call(self, random: Random, mutator: Mutator, way: float) -> tuple[bytes, int]:
+        kind, message, session = self._message(random, way)
+        if random.random() < 0.1:
+            return kind + self._seal.wrap(message, session).SerializeToString(), 0
+        if random.random() < 0.1:
+            made = mutator.message(self._seal.wrap(message, session))
+        else:
+            made = pb.Sealed(body=mutator.message(message), session=session).SerializeToString()
+        self._recent = [*self._recent[-10:], made]
+        return kind + made, 1
+
+    def _message(self, random: Random, way: float) -> tuple[bytes, Any, bytes]:
+        """The letter of an entry, its message, and the session that it is for."""
+        if way < 0.35:
+            return b"O", self._open_request(random), b""
+        name = self._some(random)
+        if way < 0.92:
+            return b"D", self._decode_request(random, name), name
+        return b"C", pb.CloseRequest(), name
+
+    def _upload(self, random: Random, mutator: Mutator) -> list[bytes]:
+        """Frames; now and then one that is none."""
+        frames = self._frames(spoilt(random, mutator))
+        if frames and random.random() < 0.05:
+            frames[-1] = mutator.message(pb.Sealed.FromString(frames[-1]))
+        return frames
+
+    def _frames(self, messages: list[bytes]) -> list[bytes]:
+        return [pb.Sealed(body=message).SerializeToString() for message in messages]
+
+    def _decode_request(self, random: Random, name: bytes) -> pb.DecodeRequest:
         ids = [random.randrange(VOCABULARY) for _ in range(random.choice((0, 1, 1, 2, 12)))]
         credit = random.choice((0, 1, 1, 3, 300))
-        name = self._some(random)
         return pb.DecodeRequest(
-            session=name,
             token_ids=ids,
             credit=credit,
             end_turn=random.random() < 0.2,
