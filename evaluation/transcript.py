@@ -54,6 +54,10 @@ class Recorder(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         """Forwarded."""
         return self._stub.Load(request)
 
+    def Attach(self, request: pb.AttachRequest, context: Any) -> Any:  # noqa: N802
+        """Refused: what passes on a stream socket would not be recorded."""
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, "there is no stream socket here")
+
     def Execute(  # noqa: N802
         self, requests: Iterator[pb.ExecuteRequest], context: Any
     ) -> Iterator[pb.ExecuteResponse]:

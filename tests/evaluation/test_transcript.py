@@ -28,6 +28,9 @@ class Negator(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
         return pb.LoadResponse()
 
+    def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachResponse:
+        return pb.AttachResponse(ticket=bytes(32))
+
     def Execute(self, requests: Iterator[pb.ExecuteRequest], context: Any) -> Iterator[pb.ExecuteResponse]:
         assembler = None
         for request in requests:
@@ -91,3 +94,9 @@ def test_the_other_calls_pass(recorder: Recorder, stub: gpu_worker_pb2_grpc.GpuW
     assert stub.Describe(pb.DescribeRequest(), timeout=PATIENCE).device == "negator"
     assert stub.Load(pb.LoadRequest(model="known"), timeout=PATIENCE) == pb.LoadResponse()
     assert recorder.exchanges == []
+
+
+def test_a_stream_socket_is_refused(stub: gpu_worker_pb2_grpc.GpuWorkerServiceStub) -> None:
+    """What passes there would not be recorded."""
+    with pytest.raises(grpc.RpcError):
+        stub.Attach(pb.AttachRequest(), timeout=10)
