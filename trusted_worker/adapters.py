@@ -131,7 +131,7 @@ class Adapters:
         self._require()
         adapter = self._kept.pop(name, None)
         if adapter is None:
-            raise PreconditionError("no such adapter: upload it again")
+            raise PreconditionError("no such adapter: upload it again, or ask the operator which names there are")
         self._kept[name] = adapter
         return adapter
 
