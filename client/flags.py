@@ -97,6 +97,13 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("float32", "int8"), help="default: int8; float32 for kv-shield")
     add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
     add(
+        "--data-plane",
+        action=_More,
+        dest="more",
+        choices=("grpc", "stream"),
+        help="between the workers; default: stream, a socket beside gRPC",
+    )
+    add(
         "--model-key-file",
         action=_More,
         dest="more",

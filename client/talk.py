@@ -43,7 +43,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    """The cluster that the flags describe; only `up` says where it listens, and where its policy goes."""
+    """The cluster that the flags describe; only `up` says where it listens, and where its policy goes.
+
+    Of `more`, a worker takes the last word on each thing.
+    """
     listen = getattr(options, "listen", None)
     return Settings(
         model=options.model,
@@ -56,15 +59,12 @@ def settings(options: argparse.Namespace) -> Settings:
         insecure_plaintext=getattr(options, "insecure_plaintext", False),
         simulated=listen is None or is_local(listen),  # clients take such evidence from their own machine only
         policy_file=getattr(options, "policy_file", None),
-        more=(*_adapter_memory(options), *options.more),
+        more=("--data-plane", "stream", *_adapter_memory(options), *options.more),
     )
 
 
 def _adapter_memory(options: argparse.Namespace) -> list[str]:
-    """What a chat's own adapter takes while it is uploaded: its file, and at most twice as much as float32.
-
-    A worker uses the last word of several on the same thing.
-    """
+    """What a chat's own adapter takes while it is uploaded: its file, and at most twice as much as float32."""
     folder = getattr(options, "adapter", None)
     return ["--adapter-memory", str(3 * Adapter.read(folder).size + ADAPTER_MARGIN)] if folder else []
 
