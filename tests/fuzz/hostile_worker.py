@@ -104,8 +104,7 @@ class HostileWorker:
 
     def _upload(self, requests: Iterator[pb.Sealed], **_: Any) -> Any:
         frames = self._answer(next(requests), "Upload", pb.UploadRequest, self.uploaded)
-        for _ in requests:  # nobody looks at what else the client seals
-            pass
+        list(requests)  # nobody looks at what else the client seals
         return _parse(pb.Sealed, frames[0] if frames else b"")
 
     def _decode(self, requests: Iterator[pb.Sealed]) -> Iterator[Any]:
