@@ -40,6 +40,7 @@ from wire.v1 import trusted_worker_pb2 as pb
 
 OPEN_SECONDS = 60.0
 UPLOAD_SECONDS = 300.0
+SESSION_BYTES = 16  # of a session's name
 CLOSE_SECONDS = 3.0
 POLL_SECONDS = 0.05
 PRECISIONS = {"float32": gpu_worker_pb2.PRECISION_FLOAT32, "int8": gpu_worker_pb2.PRECISION_INT8}
@@ -255,8 +256,8 @@ def connect(target: str, policy: Policy, seconds: float = CONNECT_SECONDS) -> Tr
 
 
 def _check_echo(request: Request, opened: pb.OpenResponse) -> None:
-    if not opened.vocabulary or not opened.max_frame_tokens:
-        raise DeniedError("the trusted worker opened a session without a vocabulary, or one that takes no tokens")
+    if not opened.vocabulary or not opened.max_frame_tokens or len(opened.session) != SESSION_BYTES:
+        raise DeniedError("the trusted worker opened a session without name or vocabulary, or one that takes no tokens")
     asked = (request.model, request.scheme, PRECISIONS[request.precision], request.adapter)
     if (opened.model, opened.scheme, opened.precision, opened.adapter) != asked:
         raise DeniedError("the trusted worker opened another model, scheme, precision or adapter than was asked for")

@@ -32,7 +32,10 @@ def main() -> None:
         if settings.parent is not None:
             die_with_parent(settings.parent)
         _harden()
-        keep_freed(KEPT_BYTES)
+        if (
+            settings.scheme != "tee-only" and settings.data_plane == "grpc"
+        ):  # whose messages would be paged in each time
+            keep_freed(KEPT_BYTES)
         limit = process_limit.enforce(settings.memory_budget, settings.process_memory, settings.spill_dir)
         serving.run(settings, limit)
     except CleaveError as error:

@@ -227,7 +227,9 @@ def _copy(file: Checkpoint, tensor: str, into: F32, scale: np.float32) -> None:
         piece = file.read_rows(tensor, (rows, width), first, stop)
         with np.errstate(over="ignore"):
             np.multiply(piece, scale, out=into[first:stop])
-    if not np.isfinite(np.dot(into.ravel(order="K"), into.ravel(order="K"))):
+    with np.errstate(over="ignore"):
+        square = np.dot(into.ravel(order="K"), into.ravel(order="K"))
+    if not np.isfinite(square):
         raise CheckpointError(f"{WEIGHTS}: tensor {tensor} is too large for its scale")
 
 

@@ -69,10 +69,10 @@ class ClientCall:
 
     def open(self, sealed: pb.Sealed, kind: type[M]) -> M:
         """The message in the worker's next frame. Raises SealError."""
+        if sealed.enc or sealed.session or (self._received and sealed.nonce):
+            raise SealError
         if not self._received:
             self._reply_key = _reply_key(self._context, sealed.nonce)
-        elif sealed.nonce:
-            raise SealError
         plain = _open(self._reply_key, self._received, sealed.body, b"s" + self._name + _u64(self._received))
         self._received += 1
         return _message(plain, kind)
@@ -95,7 +95,7 @@ class WorkerCall:
 
     def open(self, sealed: pb.Sealed, kind: type[M]) -> M:
         """The message in the client's next frame. Raises SealError, and InvalidArgumentError when it is malformed."""
-        if self._received and (sealed.enc or sealed.session):
+        if sealed.nonce or (self._received and (sealed.enc or sealed.session)):
             raise SealError
         try:
             plain = self._context.unseal(sealed.body, b"c" + self._name + _u64(self._received))

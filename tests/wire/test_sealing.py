@@ -88,7 +88,7 @@ def test_equal_messages_are_different_frames_in_every_call() -> None:
     assert len(set(bodies)) == 10
 
 
-@pytest.mark.parametrize("change", ["body", "truncated", "extended", "empty", "enc", "session"])
+@pytest.mark.parametrize("change", ["body", "truncated", "extended", "empty", "enc", "session", "nonce"])
 def test_a_changed_frame_in_a_stream_is_refused(change: str) -> None:
     client, worker = pair(Receiver())
     frame = client.wrap(FRAME)
@@ -98,6 +98,8 @@ def test_a_changed_frame_in_a_stream_is_refused(change: str) -> None:
         frame.enc = bytes(32)
     elif change == "session":
         frame.session = NAME
+    elif change == "nonce":
+        frame.nonce = bytes(32)
     else:
         frame.body = {"truncated": frame.body[:-1], "extended": frame.body + b"\0", "empty": b""}[change]
     with pytest.raises(SealError) as caught:
@@ -105,7 +107,9 @@ def test_a_changed_frame_in_a_stream_is_refused(change: str) -> None:
     assert str(caught.value) == SealError.TEXT
 
 
-@pytest.mark.parametrize("change", ["body", "truncated", "extended", "empty", "nonce", "no nonce", "second nonce"])
+@pytest.mark.parametrize(
+    "change", ["body", "truncated", "extended", "empty", "nonce", "no nonce", "second nonce", "enc"]
+)
 def test_a_changed_answer_is_refused(change: str) -> None:
     client, worker = pair(Receiver())
     frame = worker.wrap(token(1))
@@ -119,6 +123,8 @@ def test_a_changed_answer_is_refused(change: str) -> None:
         frame.nonce = bytes(32)
     elif change == "no nonce":
         frame.nonce = b""
+    elif change == "enc":
+        frame.enc = bytes(32)
     else:
         frame.body = {"truncated": frame.body[:-1], "extended": frame.body + b"\0", "empty": b""}[change]
     with pytest.raises(SealError):
