@@ -200,10 +200,10 @@ class TrustedWorker:
         return call.open(answer, pb.UploadResponse).adapter
 
     def _open(self, request: Request) -> Session:
-        peer, call = self.peer, ClientCall(self.peer.hpke_key, "Open")
-        sealed = call.wrap(request.message())
+        peer, call, asked = self.peer, ClientCall(self.peer.hpke_key, "Open"), request.message()
+        sealed = call.wrap(asked)
         opened = call.open(_call(lambda: self._stub.Open(sealed, timeout=OPEN_SECONDS)), pb.OpenResponse)
-        _check_echo(request, opened)
+        _check_echo(asked, opened)
         key = peer.hpke_key, opened.session, call.secret
         try:
             table = _table(request, opened) if opened.client_embeds else None
@@ -255,13 +255,13 @@ def connect(target: str, policy: Policy, seconds: float = CONNECT_SECONDS) -> Tr
     return TrustedWorker(target, policy, seconds)
 
 
-def _check_echo(request: Request, opened: pb.OpenResponse) -> None:
+def _check_echo(asked: pb.OpenRequest, opened: pb.OpenResponse) -> None:
     if not opened.vocabulary or not opened.max_frame_tokens or len(opened.session) != SESSION_BYTES:
         raise DeniedError("the trusted worker opened a session without name or vocabulary, or one that takes no tokens")
-    asked = (request.model, request.scheme, PRECISIONS[request.precision], request.adapter)
-    if (opened.model, opened.scheme, opened.precision, opened.adapter) != asked:
+    wanted = (asked.model, asked.scheme, asked.precision, asked.adapter)
+    if (opened.model, opened.scheme, opened.precision, opened.adapter) != wanted:
         raise DeniedError("the trusted worker opened another model, scheme, precision or adapter than was asked for")
-    if opened.perturbation < request.message().sampling.perturbation:  # both as float32
+    if opened.perturbation < asked.sampling.perturbation:
         raise DeniedError("the trusted worker perturbs logits less than was asked for")
 
 

@@ -31,9 +31,9 @@ import numpy as np
 from Crypto.Cipher import AES
 
 from trusted_worker.arithmetic import F32
+from trusted_worker.config import MOST_PERTURBATION
 from wire.errors import InvalidArgumentError
 
-MOST = 8.0
 BLOCK = 1 << 11  # elements that numpy's temporaries hold
 KEY_BYTES = 32
 
@@ -41,14 +41,15 @@ KEY_BYTES = 32
 class Perturbation:
     """What one session's logits get. `asked` by its client; `least` is what the worker insists on; `key` is secret.
 
-    Raises InvalidArgumentError for what is asked beyond 0 to MOST, ValueError where noise is due and the key is short.
+    Raises InvalidArgumentError for what is asked beyond 0 to MOST_PERTURBATION, ValueError where noise is due and the
+    key is short.
     """
 
     def __init__(self, asked: float, least: float = 0.0, key: bytes = b"") -> None:
-        if not 0 <= asked <= MOST:
-            raise InvalidArgumentError(f"perturbation must be between 0 and {MOST:g}")
-        if not 0 <= least <= MOST:
-            raise ValueError(f"the least perturbation must be between 0 and {MOST:g}")
+        if not 0 <= asked <= MOST_PERTURBATION:
+            raise InvalidArgumentError(f"perturbation must be between 0 and {MOST_PERTURBATION:g}")
+        if not 0 <= least <= MOST_PERTURBATION:
+            raise ValueError(f"the least perturbation must be between 0 and {MOST_PERTURBATION:g}")
         self.bound = max(asked, least)
         if self.bound and len(key) < KEY_BYTES:
             raise ValueError(f"perturbation needs a key of {KEY_BYTES} bytes")

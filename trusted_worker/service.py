@@ -59,7 +59,7 @@ class Service:
         self._noise_key = secrets.token_bytes(KEY_BYTES)
         self._latencies = Latencies()
         self._assembled: Assembled | None = None
-        self._claims: bytes | None = None
+        self._claims = b""  # made with it, from the source files as they are then
         self._sessions: dict[bytes, Session] = {}
         self.engine = Engine(self._load, MAX_ROWS)
 
@@ -68,19 +68,16 @@ class Service:
         self._check(request)
         if self.draining:
             raise UnavailableError("the trusted worker is draining: it takes no new sessions")
-        if self._assembled is None:
-            raise PreconditionError("model is loading; try again in a moment")
+        assembled = self._loaded()
         most = min(self.config.max_context, self._settings.max_context or self.config.max_context)
         if request.max_context > most:
             raise ContextError(f"a context of {request.max_context} tokens was asked; the most is {most}")
         noise = hmac.digest(self._noise_key, request.adapter, "sha256")  # see perturbation.py
         sampler = Sampler(request.sampling, noise, self._settings.least_perturbation)
-        scheme, embeds = self._assembled.scheme, self._client_embeds
-        adapter = self._assembled.adapters.find(request.adapter) if request.adapter else None
+        scheme, embeds = assembled.scheme, self._client_embeds
+        adapter = assembled.adapters.find(request.adapter) if request.adapter else None
         cache = scheme.open(request.max_context) if request.max_context else _open(scheme, most)
-        session = Session(
-            self.config, cache, sampler, self._assembled.scratch, self._latencies, secret, embeds, adapter
-        )
+        session = Session(self.config, cache, sampler, assembled.scratch, self._latencies, secret, embeds, adapter)
         self.engine.add(session)
         name = secrets.token_bytes(SESSION_BYTES)
         self._sessions = {key: one for key, one in self._sessions.items() if not one.dead} | {name: session}
@@ -102,9 +99,7 @@ class Service:
 
     def begin_upload(self, config: bytes, size: int) -> Incoming:
         """An adapter on its way. Raises what Adapters.begin raises; while the model is loading PreconditionError."""
-        if self._assembled is None:
-            raise PreconditionError("model is loading; try again in a moment")
-        return self._assembled.adapters.begin(config, size)
+        return self._loaded().adapters.begin(config, size)
 
     def session(self, name: bytes) -> Session:
         """A living session by its name. Raises UnauthenticatedError: unknown, closed and expired look the same."""
@@ -128,8 +123,7 @@ class Service:
 
     def claims(self) -> bytes:
         """What evidence is to bind beside the key. Any thread. Raises PreconditionError while the model is loading."""
-        if self._claims is None:
-            raise PreconditionError("model is loading; try again in a moment")
+        self._loaded()
         return self._claims
 
     def stats(self) -> pb.StatsResponse:
@@ -175,6 +169,11 @@ class Service:
         if request.scheme != settings.scheme or request.precision != self._precision:
             raise PreconditionError(f"this worker serves {settings.scheme} at {settings.precision}")
 
+    def _loaded(self) -> Assembled:
+        if self._assembled is None:
+            raise PreconditionError("model is loading; try again in a moment")
+        return self._assembled
+
     def _load(self) -> Scheme:
         try:
             assembled = assemble(self._settings, self.config, self._memory, self.worker)
@@ -184,7 +183,8 @@ class Service:
         self.engine.limit_rows(assembled.rows)
         if self._settings.scheme != "tee-only":
             self.worker.connect(patient=True)
-        self._assembled, self._claims = assembled, claims(self._settings, assembled.model_digest)
+        self._claims = claims(self._settings, assembled.model_digest)
+        self._assembled = assembled  # other threads see claims with it
         return assembled.scheme
 
 

@@ -31,6 +31,7 @@ from Crypto.Protocol.KDF import HKDF
 from Crypto.PublicKey import ECC
 from google.protobuf.message import DecodeError, Message
 
+from wire.binding import lp
 from wire.channel import MAX_MESSAGE_BYTES
 from wire.errors import InvalidArgumentError, SealError, UnauthenticatedError
 from wire.v1 import trusted_worker_pb2 as pb
@@ -55,7 +56,7 @@ class ClientCall:
             self._context = HPKE.new(receiver_key=key, aead_id=HPKE.AEAD.AES256_GCM, info=INFO, psk=psk)  # (1)
         except ValueError:
             raise UnauthenticatedError("the trusted worker's HPKE key is not one") from None
-        self._name = _lp(method.encode()) + _lp(session)
+        self._name = lp(method.encode()) + lp(session)
         self._session = session
         self._sent = self._received = 0
         self._reply_key = b""
@@ -88,7 +89,7 @@ class WorkerCall:
 
     def __init__(self, context: Any, method: str, session: bytes) -> None:
         self._context = context
-        self._name = _lp(method.encode()) + _lp(session)
+        self._name = lp(method.encode()) + lp(session)
         self._received = self._sent = 0
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._reply_key = _reply_key(context, self._nonce)
@@ -199,10 +200,6 @@ def _message(padded: bytes, kind: type[M]) -> M:
         return kind.FromString(raw)
     except DecodeError:
         raise InvalidArgumentError("malformed message") from None
-
-
-def _lp(text: bytes) -> bytes:
-    return len(text).to_bytes(4, "big") + text
 
 
 def _u64(number: int) -> bytes:

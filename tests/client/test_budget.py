@@ -1,9 +1,7 @@
 import json
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,6 @@ SCHEME_KEYS = {
     "lookup",
     "macs_trusted", "macs_worker", "memory_budget", "memory_parts", "fits_in", "pad", "link_tokens_per_second",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """`main` takes the signals over; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def budget(capsys: Output, model: str, *more: str) -> dict[str, Any]:

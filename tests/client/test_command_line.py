@@ -1,8 +1,7 @@
 import json
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,15 +22,6 @@ KEYS = {
     "tokens_per_second", "time_to_first_token", "exchanges", "wire_bytes_up", "wire_bytes_down", "pads_issued",
     "pads_reused", "products_verified", "products_inside", "secure_memory", "attestation",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """`main` takes the signals over; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def spell(folder: Path, text: str) -> list[int]:

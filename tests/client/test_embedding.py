@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,15 +35,6 @@ Output = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = [sys.executable, "-m", "client", "chat"]
 REQUEST = Request("tiny", "secure-infer", "int8")
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """`main` takes the signals over; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -51,7 +51,6 @@ class ClientTarget:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self._request = client.Request("llama", "tee-only", "int8", model_folder=folders["llama"])
-        self._uploads = hasattr(client.TrustedWorker, "upload")
         self._adapter: dict[str, Any] = {"adapter_folder": folders["llama"].parent / "adapter"}
         self._adapter["adapter_folder"].mkdir(exist_ok=True)
         for name, data in zip(("adapter_config.json", "adapter_model.safetensors"), adapter(2), strict=True):
@@ -68,7 +67,7 @@ class ClientTarget:
             return b"A" + _evidence(random, mutator), 1
         if way < 0.2:
             return b"S" + mutator.message(pb.StatsResponse(scheme="tee-only", pads_in_stock=5)), 1
-        if way < 0.25 and self._uploads:
+        if way < 0.25:
             return b"U" + pack(_uploaded(random, mutator)), 1
         opened, *rest = honest(client_embeds=random.random() < 0.3)
         parts, place = [[_part(opened)], list(map(_part, rest))], random.choice((0, 0, 1, 1, 1, 1, 1))
@@ -100,8 +99,6 @@ class ClientTarget:
             worker.opened, worker.decoded = (*map(unpack, unpack(body)), [], [])[:2]
         if kind == b"S":
             worker.stats = body
-        if kind == b"U" and not self._uploads:
-            return "no uploads"
         return self._watched(worker, kind)
 
     def end(self) -> None:

@@ -24,7 +24,6 @@ from tests.fuzz.mutate import Mutator
 from tests.fuzz.sealed_caller import LOOKED_AT, REPLAYED, SESSION_SECONDS, VALID, SealedCaller
 from tests.fuzz.sealed_frames import PLAIN, RAW, SEALED, draw_edit, padded, parses
 from tests.fuzz.uploads import spoilt, valid
-from trusted_worker.service import Service
 from wire.channel import MAX_MESSAGE_BYTES
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as gpu
@@ -174,8 +173,7 @@ class SocketsTarget:
 
     def _trusted(self, random: Random, mutator: Mutator) -> bytes:
         """A call of the trusted worker, with a message that is wrong, or with a frame that is."""
-        served = len(TRUSTED) if hasattr(Service, "begin_upload") else TRUSTED.index(UPLOAD)
-        number = random.choice((0, 0, 0, *range(served)))
+        number = random.choice((0, 0, 0, *range(len(TRUSTED))))
         method, parser, _ = TRUSTED[number]
         if parser is not pb.Sealed:
             asked: Message = pb.AttestRequest(nonce=bytes(32)) if method == "Attest" else pb.StatsRequest()

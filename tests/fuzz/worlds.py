@@ -57,7 +57,7 @@ class World:
         flags = ["--model", str(folders[self.model]), "--scheme", self.scheme, "--precision", self.precision]
         flags += ["--memory-budget", budget, "--gpu-worker", "unix:/nowhere", *more]
         self.service = _service(flags)
-        self.adapters = more[-2:] == _ADAPTERS and hasattr(self.service, "begin_upload")
+        self.adapters = more[-2:] == _ADAPTERS
         if self.scheme != "tee-only":
             self.service.worker = _Local(folders[self.model], self.service.config, PRECISIONS[self.precision])
         self.runner = self.service._load()

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from tests.trusted_worker import traced
 from trusted_worker.arithmetic import F32, F64
-from trusted_worker.perturbation import BLOCK, MOST, Perturbation
+from trusted_worker.config import MOST_PERTURBATION as MOST
+from trusted_worker.perturbation import BLOCK, Perturbation
 from trusted_worker.sampling import Choice, Sampler
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from wire.errors import InvalidArgumentError

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import signal
 import struct
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from wire.model_config import ModelConfig
 
 Output = pytest.CaptureFixture[str]
 AT = "2025-06-01"
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """`main` takes the signals over; give them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
