@@ -23,6 +23,7 @@ PROMPT = [5 + 37 * n % 2000 for n in range(70)]
 COUNT, WIDTH = 6, 1024  # bytes of a row
 ROOM = 3 << 20  # of resident bytes: what a first prefill of some length leaves behind
 FEW = PROMPT[:3]
+SOME = 60  # rows of a frame: with their ids they fit the size below 64 KiB; 64 would be padded to a MiB
 FLOOD, TRANSPORT = 32 << 20, 12 << 20  # bytes offered; and what gRPC may take before a stream stands still
 
 
@@ -111,10 +112,10 @@ def test_a_flood_of_rows_waits_outside(tmp_path: Path, long: Path) -> None:
         session = raw.open(trusted.request.message())
 
         def frames() -> Iterator[pb.DecodeRequest]:
-            some = rows_of([7] * 64)
+            some = rows_of([7] * SOME)
             while sent[0] < FLOOD and not enough.is_set():
                 sent[0] += len(some)
-                yield pb.DecodeRequest(token_ids=[7] * 64, embeddings=some)
+                yield pb.DecodeRequest(token_ids=[7] * SOME, embeddings=some)
 
         stream = raw.stream(session, frames())
         time.sleep(1)
