@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from wire.errors import ContextError, InvalidArgumentError
 from wire.kv_pages import KvType, page_words
 from wire.layout import WORD, Demand, blocks
-from wire.linears import Linear, LinearSpec, all_specs
+from wire.linears import Linear, LinearSpec, all_specs, lookup_spec
 from wire.model_config import ModelConfig
 from wire.parameters import parameters
 from wire.plan import Parts, plan, smallest
-from wire.scratch import CHECK_LIMBS, SEGMENT, SUM_LIMBS, sampling_bytes
-
-TAG = 16  # bytes of the tag of what is sealed
+from wire.scratch import CHECK_LIMBS, SUM_LIMBS, sampling_bytes
+from wire.sheets import row_bytes
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,10 @@ def _tee_only(case: Case) -> Cost:
 
 def _secure_infer(case: Case) -> Cost:
     checks = sum(SUM_LIMBS * spec.n + CHECK_LIMBS * spec.k for spec in case.specs)
-    sealed = sum(_sealed(spec.n) for spec in case.specs)
-    pads = Pads(sum(spec.k for spec in case.specs), sum(_products(case).values()), sealed)
+    pads = Pads(sum(spec.k for spec in case.specs), sum(_products(case).values()), row_bytes(case.specs))
     inside = _attention(case) | {"verification": checks}
     config = case.config
-    lookup = Lookup(WORD * config.vocabulary, WORD * config.hidden, _sealed(config.hidden))
+    lookup = Lookup(WORD * config.vocabulary, WORD * config.hidden, row_bytes([lookup_spec(config)]))
     return replace(_linear_by_linear(case, inside, _inside(case, "secure-infer")), pads=pads, lookup=lookup)
 
 
@@ -129,11 +127,6 @@ SCHEMES: dict[str, tuple[tuple[str, ...], Callable[[Case], Cost]]] = {  # precis
     "plain": (("int8", "float32"), _plain),
     "tee-only": (("int8", "float32"), _tee_only),
 }
-
-
-def _sealed(outputs: int) -> int:
-    """Bytes of so many words of a pad in the bank."""
-    return WORD * outputs + TAG * -(-outputs // SEGMENT)
 
 
 def _linear_by_linear(case: Case, inside: Parts, memory: Parts) -> Cost:

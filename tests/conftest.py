@@ -18,12 +18,13 @@ from trusted_worker.arithmetic import F32
 from trusted_worker.assembly import assemble
 from trusted_worker.config import parse
 from trusted_worker.model import Batch, Run
-from trusted_worker.pads import Bank, row_bytes
+from trusted_worker.pad_bank import Bank
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.checkpoint import Checkpoint
 from wire.linears import all_specs, lookup_spec
 from wire.model_config import ModelConfig
+from wire.sheets import row_bytes
 from wire.v1 import gpu_worker_pb2 as pb
 
 __all__ = ["MODELS", "Rig", "build", "forward", "greedy_reference", "model_folder", "one_run", "transformers_logits"]

@@ -15,13 +15,13 @@ from client import flags
 from client.shapes import shape
 from evaluation import flags as bench_flags
 from trusted_worker.config import parse as parse_worker
-from trusted_worker.pads import row_bytes
 from wire.kv_pages import PAGE_TOKENS
 from wire.layout import Demand
 from wire.linears import all_specs, lookup_spec
 from wire.model_config import ModelConfig
 from wire.plan import plan
 from wire.profiles import MIB, PROFILES
+from wire.sheets import row_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,10 @@ Whatever grows with rows or widths lies in the caller's scratch; numpy's own tem
 Shapes: m rows, k inputs, n outputs; h query heads, g key/value heads, d = head_dim.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from trusted_worker.secure_memory import Scratch
 from wire.errors import InvalidArgumentError
-from wire.scratch import SUMS, piece
+from wire.scratch import QUANTIZED, SUMS, piece
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -29,7 +31,9 @@ U32 = npt.NDArray[np.uint32]
 X_LIMIT = 1 << 24  # |x_q| stays below: exact in float32
 Y_LIMIT = 1 << 30  # |y_q| stays below: the ring never wraps
 _ROTATED = 1 << 11  # pairs that are rotated at a time
-_MARGIN = 1.0 - 1e-6  # float32 rounding of x/s_x, before the integers are checked
+_MARGIN = 1.0 - 1e-6  # of rounding, before the integers are checked
+_SURELY = 1.0 - 2.0**-20  # what a float64 sum of squares may be below the true one, for k < 2^32
+_TINY, _LARGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max) / 2
 
 
 def rms_norm(x: F32, gain: F32, eps: float, scratch: Scratch) -> F32:
@@ -60,25 +64,29 @@ def normalise_heads(x: F32, gain: F32, eps: float) -> None:
     x *= gain
 
 
-def rotate(x: F32, positions: I32, frequencies: F32, interleaved: bool = False) -> None:
-    """Rotate the first 2 * len(frequencies) dims of float32[m, heads, d] in place by position (Su et al. 2021).
+def angles(positions: I32, frequencies: F32) -> tuple[F32, F32]:
+    """cos and sin float32[m, 1, pairs] of the turns of each position."""
+    turns = positions.astype(np.float32)[:, None, None] * frequencies
+    return np.cos(turns), np.sin(turns)
 
-    Pairs are (2i, 2i + 1) when interleaved, else (i, i + half of the rotated dims), as Hugging Face stores Llama.
+
+def rotate(x: F32, cos: F32, sin: F32, interleaved: bool = False) -> None:
+    """Turn the first 2 * pairs dims of each head in place, float32[m, heads, d] (RoPE; Su et al. 2021).
+
+    Pairs are (2i, 2i + 1) when interleaved, else (i, i + half of the turned dims), as Hugging Face stores Llama.
     """
-    half = len(frequencies)
+    half = cos.shape[-1]
     low = x[..., 0 : 2 * half : 2] if interleaved else x[..., :half]
     high = x[..., 1 : 2 * half : 2] if interleaved else x[..., half : 2 * half]
     block = max(1, _ROTATED // (x.shape[1] * half))
     for start in range(0, len(x), block):
         rows = slice(start, start + block)
-        angles = positions[rows].astype(np.float32)[:, None, None] * frequencies
-        cos, sin = np.cos(angles), np.sin(angles)
-        x_low, x_high = low[rows], high[rows]
+        x_low, x_high, x_cos, x_sin = low[rows], high[rows], cos[rows], sin[rows]
         before = x_low.copy()
-        x_low *= cos
-        x_low -= x_high * sin
-        x_high *= cos
-        x_high += before * sin
+        x_low *= x_cos
+        x_low -= x_high * x_sin
+        x_high *= x_cos
+        x_high += before * x_sin
 
 
 def silu_times(gate_up: F32, scratch: Scratch) -> F32:
@@ -115,10 +123,27 @@ class Bound:
     k: int
     row_square: int
 
-    @property
+    @cached_property
     def square_limit(self) -> int:
         """Largest sum of squares of x_q for which ||x_q||_2 * max ||W_q row||_2 < 2^30 holds, exactly."""
         return (Y_LIMIT**2 - 1) // max(self.row_square, 1)
+
+    @cached_property
+    def reach(self) -> tuple[float, float]:
+        """How long a row may be before it is rounded: the sum of its |elements|, or the root of that of its squares."""
+        return Y_LIMIT / 127 - 0.5 * self.k - 1, math.sqrt(self.square_limit) - 0.5 * math.sqrt(self.k) - 1
+
+    def factor(self, peak: float, ones: float, squares: float) -> float:
+        """1 / s_x for a row, from its norms. 0 for a zero row, and where the ring would not hold even ones."""
+        if peak < _TINY:
+            return 0.0
+        by_one, by_two = self.reach
+        finest = min((X_LIMIT - 1) / peak, max(by_one / ones, by_two / math.sqrt(squares)))
+        return min(max(finest * _MARGIN, 0.0), _LARGE)
+
+    def holds(self, peak: float, ones: float, squares: float) -> bool:
+        """The promise of step 1, from the norms of the integers: sums of |x_q| are exact, of squares to k * 2^-53."""
+        return peak < X_LIMIT and (squares <= self.square_limit * _SURELY or 127 * ones < Y_LIMIT)
 
 
 def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
@@ -128,35 +153,37 @@ def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
     The scale is chosen in floating point; that it holds is checked on the integers. A zero row stays zero.
     Raises InvalidArgumentError for a row that is not finite.
     """
-    magnitude: F32 = scratch.empty(x.shape, np.float32)
-    np.abs(x, out=magnitude)
-    peak = magnitude.max(axis=1).astype(np.float64)
-    if not np.isfinite(peak).all():
-        raise InvalidArgumentError("the model's activations are not finite")
-    one_norm = magnitude.sum(axis=1, dtype=np.float64)
-    two_norm = np.sqrt(np.einsum("ij,ij->i", magnitude, magnitude, dtype=np.float64))
-    with np.errstate(divide="ignore"):  # a zero row may be scaled by anything
-        by_peak = (X_LIMIT - 1) / peak
-        by_one = (Y_LIMIT / 127 - 0.5 * bound.k - 1) / one_norm
-        by_two = (bound.square_limit**0.5 - 0.5 * bound.k**0.5 - 1) / two_norm
-    factor = np.minimum(by_peak, np.maximum(by_one, by_two)) * _MARGIN
-    factor = np.clip(factor, 0, np.finfo(np.float32).max / 2)
-    factor[peak < np.finfo(np.float32).tiny] = 0
-    scaled = np.multiply(x, factor.astype(np.float32)[:, None], out=magnitude)
     x_q: I32 = scratch.empty(x.shape, np.int32)
-    np.copyto(x_q, np.rint(scaled, out=scaled), casting="unsafe")
-    _check_bound(x_q, bound, magnitude.view(np.int32))
-    scale = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor > 0)
-    return x_q, scale.astype(np.float32)[:, None]
+    factors: list[float] = []
+    block = max(1, QUANTIZED // bound.k)
+    with scratch.frame():
+        work: F64 = scratch.empty((2, min(block, len(x)), bound.k), np.float64)
+        for start in range(0, len(x), block):
+            rows = slice(start, start + block)
+            wide, spare = work[:, : len(x[rows])]
+            np.copyto(wide, x[rows])
+            factors += _quantize(wide, spare, bound)
+            np.copyto(x_q[rows], wide, casting="unsafe")
+    return x_q, np.array([[1 / factor if factor else 0.0] for factor in factors], np.float32).reshape(-1, 1)
 
 
-def _check_bound(x_q: I32, bound: Bound, spare: I32) -> None:
-    """The promise of step 1, on the integers themselves. `spare` has their shape and is written over."""
-    squares = np.einsum("ij,ij->i", x_q, x_q, dtype=np.int64)
-    ones = np.abs(x_q, out=spare).sum(axis=1, dtype=np.int64)
-    fits = (squares <= bound.square_limit) | (127 * ones < Y_LIMIT)
-    if not (fits.all() and x_q.max(initial=0) < X_LIMIT and x_q.min(initial=0) > -X_LIMIT):
+def _quantize(x: F64, spare: F64, bound: Bound) -> list[float]:
+    """Rows of float64[m, k] become integers in place: the factor of each. `spare` is written over."""
+    norms = _norms(x, spare)
+    if not all(peak < np.inf for peak, _, _ in norms):
+        raise InvalidArgumentError("the model's activations are not finite")
+    factors = [bound.factor(*row) for row in norms]
+    np.multiply(x, np.array(factors)[:, None], out=x)
+    np.rint(x, out=x)
+    if not all(bound.holds(*row) for row in _norms(x, spare)):
         raise InvalidArgumentError("the model's activations do not fit the ring")
+    return factors
+
+
+def _norms(x: F64, spare: F64) -> list[tuple[float, float, float]]:
+    """Of each row: the largest |element|, the sum of |elements|, the sum of squares. `spare` is written over."""
+    np.abs(x, out=spare)
+    return list(zip(spare.max(axis=1).tolist(), spare.sum(axis=1).tolist(), np.vecdot(x, x).tolist(), strict=True))
 
 
 def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, out: F32) -> F32:

@@ -12,7 +12,8 @@ from trusted_worker.config import Settings
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.offload import GpuWorker
 from trusted_worker.opener import Opener
-from trusted_worker.pads import Bank, Pads, PadSource, Refill, row_bytes
+from trusted_worker.pad_bank import Bank
+from trusted_worker.pads import Pads, PadSource, Refill
 from trusted_worker.parked_tiles import DigestedTiles, TileStore
 from trusted_worker.schemes import kv_shield
 from trusted_worker.schemes.base import InsideDecoder, Scheme, Worker
@@ -34,6 +35,7 @@ from wire.measured import MeasuredCheckpoint
 from wire.model_config import ModelConfig
 from wire.plan import MAX_ROWS, Plan, plan
 from wire.scratch import sampling_bytes
+from wire.sheets import row_bytes
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ is opened for which they are not left: no sequence ends because others need memo
 
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from heapq import heappop, heappush
+from itertools import repeat
 
 import numpy as np
 
@@ -184,7 +185,8 @@ class KVCache:
         floats: F32 = scratch.empty((0 if layout.kind is KvType.FLOAT32 else most, *layout.shape), np.float32)
         ahead = rows * layout.size >= _WORTHWHILE
         jobs = (self._opening(layer, span, raw[turn % 2], ahead) for turn, span in enumerate(spans))
-        with closing(self._pool.opener.ahead(jobs)) as opened:
+        parked = _PARKED in self._slots[layer][spans[0].start : spans[-1].stop]
+        with closing(self._pool.opener.ahead(jobs)) if parked else nullcontext(repeat(None)) as opened:
             for turn, span in enumerate(spans):
                 self.failed = True
                 next(opened)

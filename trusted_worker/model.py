@@ -7,6 +7,7 @@ Logits are handed out row by row and never leave the arena: for a large vocabula
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Batch:
     logit_rows: I32
     embeddings: tuple[bytes, ...] = ()  # where the client embeds: little-endian float32[hidden] for each row
 
-    @property
+    @cached_property
     def positions(self) -> I32:
         """The position of every row."""
         return np.concatenate([run.position + np.arange(run.stop - run.start, dtype=np.int32) for run in self.runs])
@@ -60,6 +61,8 @@ class HeadTransform:
     def __init__(self, config: ModelConfig, vectors: Mapping[Name, F32]) -> None:
         self._config, self._vectors = config, vectors
         self._frequencies = config.inverse_frequencies()
+        self._positions: I32 = np.empty(0, np.int32)
+        self._angles = arithmetic.angles(self._positions, self._frequencies)
 
     def apply(self, layer: int, heads: F32, positions: I32) -> None:
         """In place on q beside k, float32[m, query heads + key heads, d]."""
@@ -69,7 +72,9 @@ class HeadTransform:
             arithmetic.normalise_heads(q, self._vectors[Name(Kind.Q_NORM, layer)], config.norm_eps)
             arithmetic.normalise_heads(k, self._vectors[Name(Kind.K_NORM, layer)], config.norm_eps)
         if config.rope is not None:
-            arithmetic.rotate(heads, positions, self._frequencies, config.rope.interleaved)
+            if positions is not self._positions:  # a batch's positions are the same in every layer
+                self._positions, self._angles = positions, arithmetic.angles(positions, self._frequencies)
+            arithmetic.rotate(heads, *self._angles, config.rope.interleaved)
 
 
 class Decoder:
@@ -124,7 +129,8 @@ class Decoder:
         config, cache = self._config, run.cache
         if not isinstance(cache, KVCache):
             raise TypeError("the decoder runs over caches in the arena")
-        q, k, v = np.split(heads, [config.heads, config.heads + config.kv_heads], axis=1)
+        first_k, first_v = config.heads, config.heads + config.kv_heads
+        q, k, v = heads[:, :first_k], heads[:, first_k:first_v], heads[:, first_v:]
         cache.append(layer, k, v)
         attend(q, cache, layer, run.position, config.window, out, self._scratch)
 

@@ -144,9 +144,16 @@ class GpuWorker:
         if started is not None and plane is not None and time.monotonic() - started > self._seconds:
             plane.cancel()
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """One exchange. The answer fills `into`, C-contiguous; None for an operation that answers without a tensor.
 
+        `meanwhile` runs once, when everything is sent and before an answer is read; its errors end the stream.
         Raises VerificationError for an answer of another dtype, shape or length, UnavailableError or DeadlineError when
         none comes. `into` holds junk then.
         """
@@ -156,7 +163,7 @@ class GpuWorker:
         self._started = time.monotonic()
         try:
             self._switch()
-            self._exchange(cast(Plane, self._plane), operation, array, into)
+            self._exchange(cast(Plane, self._plane), operation, array, into, meanwhile)
         except _Refused as refused:  # this call only
             raise _refusal(refused.number) from None
         except UnavailableError:
@@ -197,7 +204,12 @@ class GpuWorker:
                 pass
 
     def _exchange(
-        self, plane: Plane, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None
+        self,
+        plane: Plane,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Callable[[], None] | None,
     ) -> None:
         self._id += 1
         header = codec.header_of(array) if array is not None else None
@@ -205,6 +217,8 @@ class GpuWorker:
         for data in codec.pieces(array) if array is not None else [memoryview(b"")]:
             self.traffic.bytes_up += plane.send(frame, data)
             frame = pb.ExecuteRequest(id=self._id)
+        if meanwhile is not None:
+            meanwhile()
         first, size = self._receive(plane)
         self._claimed = first.compute_us / 1e6
         if first.refused:

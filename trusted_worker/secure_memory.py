@@ -16,8 +16,6 @@ import ctypes
 import math
 import mmap
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from wire.errors import ExhaustedError
 ALIGNMENT = 64  # bytes; a cache line
 _MADV = {"wiped on fork": 18, "not dumped": 16}
 _MLOCK_ONFAULT = 1
+_MOST_KNOWN = 1 << 10  # views of a scratch that are kept
 
 
 class BudgetExceeded(ExhaustedError):  # noqa: N818  (the design's name)
@@ -125,26 +124,47 @@ class Scratch:
         self._block = memory.allocate("scratch", (-(-size // ALIGNMENT) * ALIGNMENT,), np.uint8)
         self._top = 0
         self._high = 0
+        self._known: dict[tuple[Any, ...], npt.NDArray[Any]] = {}  # steps ask for the same again and again
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An uninitialised array that lives until the enclosing frame ends. Raises BudgetExceeded."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        end = self._top + size
-        if end > self._block.size:
-            raise BudgetExceeded(size, self._block.size - self._top, {"scratch": self._top})
-        array: npt.NDArray[Any] = self._block.array[self._top : end].view(dtype).reshape(shape)
+        array = self._known.get((self._top, shape, dtype))
+        if array is None:
+            array = self._view(shape, dtype)
+        end = self._top + array.nbytes
         self._top = -(-end // ALIGNMENT) * ALIGNMENT
         self._high = max(self._high, end)
         return array
 
-    @contextmanager
-    def frame(self) -> Iterator[None]:
+    def frame(self) -> "_Frame":
         """Everything allocated inside is gone at the end, also when an error passes through."""
-        base = self._top
-        try:
-            yield
-        finally:
-            self._top = base
-            if base == 0:
-                self._block.array[: self._high] = 0
-                self._high = 0
+        return _Frame(self)
+
+    def _view(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._top + size > self._block.size:
+            raise BudgetExceeded(size, self._block.size - self._top, {"scratch": self._top})
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        array: npt.NDArray[Any] = self._block.array[self._top : self._top + size].view(dtype).reshape(shape)
+        self._known[self._top, shape, dtype] = array
+        return array
+
+    def _back_to(self, base: int) -> None:
+        self._top = base
+        if base == 0:
+            self._block.array[: self._high] = 0
+            self._high = 0
+
+
+class _Frame:
+    """Not a generator: there are a thousand in a step."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch, self._base = scratch, 0
+
+    def __enter__(self) -> None:
+        self._base = self._scratch._top
+
+    def __exit__(self, *_: object) -> None:
+        self._scratch._back_to(self._base)

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from Crypto.Cipher import AES
 
 from trusted_worker.arithmetic import F64, I8, I32, Y_LIMIT, exact_lookup, exact_product
+from trusted_worker.key_stream import BLOCK_BYTES, NONCE_BYTES, KeyStream
 from trusted_worker.secure_memory import Block, Scratch, SecureMemory
 from wire.errors import PreconditionError
 from wire.linears import LinearSpec
@@ -53,12 +53,12 @@ class Verifier:
         self._table: npt.NDArray[np.int16] = np.empty((CHECK_LIMBS, 0), np.int16)
         if vocabulary:
             self._table = memory.allocate("verification", (CHECK_LIMBS, vocabulary), np.int16).array
-        self._weights = np.concatenate([powers(S_BITS, SUM_LIMBS), -powers(C_BITS, CHECK_LIMBS)])
+        self._s_weights, self._c_weights = powers(S_BITS, SUM_LIMBS), powers(C_BITS, CHECK_LIMBS)
         self.draw()
 
     def draw(self) -> None:
         """A fresh s from the operating system's CSPRNG; every `prepare` must run again."""
-        self._key = secrets.token_bytes(32)
+        self._stream = KeyStream(secrets.token_bytes(32))
         self._expand(0, self._s.array)
 
     def prepare(self, spec: LinearSpec, tiles: Iterable[tuple[int, I8]], scratch: Scratch) -> None:
@@ -86,23 +86,24 @@ class Verifier:
                 exact_product(wide, [(0, tile)], sums, scratch)  # below 2^8 * 2^7 * 2^16: nothing wraps
                 store(sums, self._table[:, first : first + len(tile)])
 
-    def accepts(self, spec: LinearSpec, x_q: I32, y_q: I32, scratch: Scratch) -> bool:
-        """Whether every row of y_q int32[m, n] is x_q . W_q^T and in range. Both checks always run; one verdict."""
-        c, sums = self._c[spec].array, np.zeros((SUM_LIMBS + CHECK_LIMBS, len(y_q)), np.int64)
-        dots(((at, c[:, at : at + SUM_BLOCK]) for at in range(0, spec.k, SUM_BLOCK)), x_q, sums[SUM_LIMBS:], scratch)
-        return self._verdict(sums, y_q, Y_LIMIT - 1, scratch)
+    def expect(self, spec: LinearSpec, x_q: I32, scratch: Scratch) -> I64:
+        """c . x_q mod P of every row, int64[m]: what s . y_q must be. Needs no answer, so it is made before one."""
+        c, sums = self._c[spec].array, np.zeros((CHECK_LIMBS, len(x_q)), np.int64)
+        dots(((at, c[:, at : at + SUM_BLOCK]) for at in range(0, spec.k, SUM_BLOCK)), x_q, sums, scratch)
+        return combine(sums, self._c_weights)
 
-    def accepts_lookup(self, ids: I32, y_q: I32, scratch: Scratch) -> bool:
-        """Whether every row of y_q int32[m, hidden] is the row of the table that ids int32[m] names. Likewise."""
-        sums = np.zeros((SUM_LIMBS + CHECK_LIMBS, len(y_q)), np.int64)
-        sums[SUM_LIMBS:] = self._table[:, ids]
-        return self._verdict(sums, y_q, TABLE_LIMIT, scratch)
+    def expect_lookup(self, ids: I32) -> I64:
+        """The same for the rows of the table that ids int32[m] name."""
+        return combine(self._table[:, ids], self._c_weights)
 
-    def _verdict(self, sums: I64, y_q: I32, limit: int, scratch: Scratch) -> bool:
-        """Whether s . y_q is what the last rows of `sums` say, and no |element| above the limit."""
+    def accepts(self, expected: I64, y_q: I32, scratch: Scratch, limit: int = Y_LIMIT - 1) -> bool:
+        """Whether every row of y_q int32[m, n] is as expected, and no |element| above the limit: TABLE_LIMIT for rows
+        of the table. Both checks always run; one verdict.
+        """
+        sums = np.zeros((SUM_LIMBS, len(y_q)), np.int64)
         with scratch.frame():
-            dots(self._secret(0, y_q.shape[1], scratch), y_q, sums[:SUM_LIMBS], scratch)
-        sound = not combine(sums, self._weights).any()
+            dots(self._secret(0, y_q.shape[1], scratch), y_q, sums, scratch)
+        sound = bool((combine(sums, self._s_weights) == expected).all())
         in_range = int(y_q.max(initial=0)) <= limit and int(y_q.min(initial=0)) >= -limit
         return sound & in_range
 
@@ -118,8 +119,7 @@ class Verifier:
 
     def _expand(self, block: int, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The bytes of s_j for the outputs of one block, the lowest of all of them first."""
-        cipher = AES.new(self._key, AES.MODE_CTR, nonce=bytes(8), initial_value=block * (SUM_LIMBS * SUM_BLOCK // 16))
-        cipher.encrypt(bytes(out.nbytes), output=out.data.cast("B"))
+        self._stream.write(bytes(NONCE_BYTES), out, block * (SUM_LIMBS * SUM_BLOCK // BLOCK_BYTES))
         return out
 
 
@@ -142,8 +142,8 @@ def dots(parts: Iterable[tuple[int, Digits]], values: I32, sums: I64, scratch: S
 
 def combine(sums: npt.NDArray[Any], weights: I64) -> I64:
     """Integers [limbs, m] -> their sums weighted by |int64[limbs, 1]| <= 2^24, int64[m] in [0, P)."""
-    residues = sums.astype(np.int64) % PRIME
-    total: I64 = (residues * weights % PRIME).sum(axis=0) % PRIME
+    residues = sums.astype(np.int64, copy=False) % PRIME
+    total: I64 = (residues * weights).sum(axis=0) % PRIME  # below 2^33 * 2^24 * 4
     return total
 
 

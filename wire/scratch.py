@@ -1,15 +1,16 @@
 """How much scratch the trusted worker's arithmetic asks for, from sizes alone: upper bounds, a few percent above.
 
 m is a number of rows of activations; matrices are [rows, columns]. What is measured here is allocated in
-trusted_worker/{arithmetic,verification,sampling,attention,model,pads}.py; tests hold the two together.
+trusted_worker/{arithmetic,verification,sampling,attention,model,pads,pad_bank}.py; tests hold the two together.
 """
 
 from wire.kv_pages import attention_bytes
 from wire.layout import WORD, Demand, Layout, tile_rows
-from wire.linears import Linear, LinearSpec, kinds, lookup_spec, spec
+from wire.linears import BLOCK, Linear, LinearSpec, kinds, lookup_spec, spec
+from wire.model_config import ModelConfig
 
 SLACK = 1 << 12  # for what alignment loses
-SEGMENT = 1 << 13  # outputs of a pad that are sealed together
+SHEET = 1 << 13  # words of u that are sealed together, at most
 LOOKUP_BYTES = 1 << 20  # of one-hot rows that travel together
 MAX_RANK, ADAPTED_ROWS = 256, 8  # of a LoRA adapter; rows of activations that go through it together
 # Exact products (arithmetic.py).
@@ -18,6 +19,8 @@ PIECE = 1 << 17  # weights that lie in float64 at a time: 1 MiB, what a second-l
 SUMS = 1 << 16  # sums that lie in float64 at a time
 PIECE_COLUMNS = 1056  # of a piece, beside more than FEW rows of activations
 FEW = 8
+# Step 1 (arithmetic.py).
+QUANTIZED = 1 << 14  # elements that lie in float64 at a time
 # Verification (verification.py).
 SUM_LIMBS, CHECK_LIMBS = 4, 3  # digits of s and of c
 SUM_BLOCK = 1 << 13  # outputs, or inputs, that are summed in float64
@@ -35,6 +38,17 @@ def exact_bytes(m: int, rows: int, columns: int) -> int:
     height, width = piece(rows, columns, m)
     product, lookup = min(max(1, SUMS // max(m, 1)), rows), height + width
     return 8 * (height * width + m * max(product, lookup))
+
+
+def quantize_bytes(m: int, k: int) -> int:
+    """Of step 1, beside its result."""
+    return 2 * 8 * max(min(QUANTIZED, m * k), k)
+
+
+def sheet_words(config: ModelConfig) -> int:
+    """At most so many are in one sheet of a pad."""
+    layer = sum(spec(config, 0, linear).n for linear in BLOCK)
+    return min(SHEET, max(layer, config.vocabulary, config.hidden))
 
 
 def check_bytes(m: int, widest: int) -> int:
@@ -72,7 +86,8 @@ def step_bytes(demand: Demand, layout: Layout, rows: int, head_rows: int) -> int
     logits = WORD * head_rows * config.vocabulary
     head = normed + max(product(Linear.LM_HEAD, head_rows), logits + sampling_bytes(config.vocabulary))
     passes = max(_embed(demand, layout, rows), attention, feed_forward, head)
-    return max(width + passes, _prepare(demand, layout)) + SLACK
+    open_sheets = WORD * rows * sheet_words(config) if demand.masks else 0
+    return max(open_sheets + width + passes, _prepare(demand, layout)) + SLACK
 
 
 def refill_bytes(demand: Demand, layout: Layout, made: int) -> int:
@@ -80,13 +95,13 @@ def refill_bytes(demand: Demand, layout: Layout, made: int) -> int:
     if not made:
         return 0
     table = [_table_refill(demand, layout, made)] if demand.looks_up(layout) else []
-    return max([_refill(demand, layout, one, made) for one in kinds(demand.config)] + table) + SLACK
+    each = max([_refill(demand, layout, one, made) for one in kinds(demand.config)] + table)
+    return WORD * made * sheet_words(demand.config) + each + SLACK
 
 
 def _refill(demand: Demand, layout: Layout, of: LinearSpec, made: int) -> int:
-    outputs = min(SEGMENT, of.n)
-    own = 8 * made * of.k + WORD * of.k + WORD * made * outputs
-    return own + _tiles(demand, layout, of) + exact_bytes(made, outputs, of.k)
+    own = 8 * made * of.k + WORD * of.k
+    return own + _tiles(demand, layout, of) + exact_bytes(made, sheet_words(demand.config), of.k)
 
 
 def _table_refill(demand: Demand, layout: Layout, made: int) -> int:
@@ -104,10 +119,10 @@ def _product(demand: Demand, layout: Layout, of: LinearSpec, m: int) -> int:
     if not demand.int8:
         inside = demand.inside * (_tiles(demand, layout, of) + WORD * m * min(tile_rows(of.k), of.n))
         return result + max(inside, adapted)
-    integers = WORD * m * (2 * of.k + of.n)
+    integers = WORD * m * (of.k + of.n)
     inside = 8 * m * of.k + _tiles(demand, layout, of) + exact_bytes(m, of.n, of.k) if demand.inside else 0
-    outside = max(WORD * (m * of.k + min(SEGMENT, of.n)), check_bytes(m, max(of.k, of.n))) if demand.masks else 0
-    return result + max(integers + max(inside, outside), adapted)
+    outside = WORD * m * of.k + check_bytes(m, max(of.k, of.n)) if demand.masks else 0
+    return result + max(integers + max(inside, outside, quantize_bytes(m, of.k)), adapted)
 
 
 def _tiles(demand: Demand, layout: Layout, of: LinearSpec) -> int:
@@ -129,7 +144,7 @@ def _embed(demand: Demand, layout: Layout, rows: int) -> int:
         return scan
     of = lookup_spec(config)
     together = min(rows, max(1, LOOKUP_BYTES // (WORD * of.k)))
-    words = WORD * (together * (of.k + of.n) + min(SEGMENT, of.n))
+    words = WORD * together * (of.k + of.n)
     return max(scan, words + check_bytes(together, of.n))
 
 

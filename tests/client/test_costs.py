@@ -17,11 +17,11 @@ from client.session import Request, TrustedWorker, connect
 from client.shapes import SHAPES, shape
 from client.turn import Pacing
 from deploy.local.cluster import Cluster, Settings
-from trusted_worker import pads
 from trusted_worker.config import parse
 from trusted_worker.offload import GpuWorker
 from trusted_worker.process_limit import ProcessLimit
 from trusted_worker.service import Service
+from wire import sheets
 from wire.errors import ContextError, ExhaustedError, InvalidArgumentError
 from wire.kv_pages import KvType, token_bytes
 from wire.layout import ALIGNMENT, Demand
@@ -88,7 +88,7 @@ def test_a_tiny_model_counted_by_hand() -> None:
     assert tiny("secure-infer").macs_trusted == {"attention": 320, "verification": 4 * 160 + 3 * 88}
     made = tiny("secure-infer").pads
     assert made is not None
-    assert (made.words, made.macs, made.sealed_bytes) == (88, 1408, 4 * 160 + 9 * 16)
+    assert (made.words, made.macs, made.sealed_bytes) == (88, 1408, 4 * 160 + 3 * 16)
     plain, inside = tiny("plain"), tiny("tee-only")
     assert (plain.exchanges, plain.bytes_up, plain.bytes_down, plain.prompt_down) == (1, 4, 4 * 32, 0)
     assert (inside.exchanges, inside.bytes_up, inside.bytes_down) == (0, 0, 0)
@@ -118,10 +118,10 @@ def test_a_tiny_memory_counted_by_hand() -> None:
     }
     assert 0 <= memory["unused"] < 2 * 64 * 4 * 4
     found = tiny("secure-infer", stock=3).memory
-    assert found["verification"] == 4 * 32 + 9 * 64 + 2 * 64  # DOWN's c takes 96 bytes, two blocks of 64
+    checked = 4 * 32 + 9 * 64 + 2 * 64  # DOWN's c takes 96 bytes, two blocks of 64
+    assert found["verification"] == checked + 2 * 3 * 32  # and c' of the table
     assert found["scales"] == 2 * (64 + 64 + 128 + 64) + 128 + 128
-    assert found["weights"] == 0  # parked; of the table, two tiles would be twice the table
-    assert found["embedding"] == 32 * 8
+    assert found["weights"] == found["embedding"] == 0  # parked
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -157,15 +157,15 @@ def test_what_cannot_be_is_refused() -> None:
 def test_pads_are_those_of_the_trusted_worker(name: str) -> None:
     found = cost("secure-infer", Case(shape(name), "int8", 1)).pads
     assert found is not None
-    assert found.sealed_bytes == pads.row_bytes(all_specs(shape(name)))
+    assert found.sealed_bytes == sheets.row_bytes(all_specs(shape(name)))
     lookup = cost("secure-infer", Case(shape(name), "int8", 1)).lookup
     assert lookup is not None
-    assert lookup.sealed_bytes == pads.row_bytes([lookup_spec(shape(name))])
+    assert lookup.sealed_bytes == sheets.row_bytes([lookup_spec(shape(name))])
 
 
 def serve(folder: Path, scheme: str, precision: str, budget: int, context: int, stock: int) -> pb.StatsResponse:
     """Counters after one session of `context` tokens was opened; raises what loading or opening raises."""
-    bank = stock * pads.row_bytes(all_specs(ModelConfig.from_hf(folder)))
+    bank = stock * sheets.row_bytes(all_specs(ModelConfig.from_hf(folder)))
     flags = ["--model", str(folder), "--scheme", scheme, "--precision", precision, "--threads", "1"]
     service = Service(parse([*flags, "--memory-budget", str(budget), "--pad-bank", str(bank)]), ProcessLimit())
     service.engine.start()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -114,14 +114,14 @@ def test_a_result_that_recovers_to_the_smallest_int32_is_refused(rig: Rig, monke
     opened: list[Words] = []
     original = bank.open
 
-    def spy(spec: Any, segment: int, index: int, slot: int, out: Words) -> None:
-        original(spec, segment, index, slot, out)
+    def spy(sheet: int, index: int, slot: int, out: Words) -> None:
+        original(sheet, index, slot, out)
         opened.append(out.copy())
 
     def cheat(answer: Words, previous: Words) -> Words:
-        u = np.zeros_like(answer)
+        u = np.zeros((len(answer), bank.sheets.widths[0]), np.int32)
         for row, pad in enumerate(rig.scheme._pads):
-            original(rig.weights.specs[0], 0, pad.index, pad._slot, u[row])
+            original(0, pad.index, pad._slot, u[row])
         answer[0, 0] = (u[0, 0].astype(np.int64) - (1 << 31)).astype(np.int32)
         return answer
 

@@ -305,7 +305,7 @@ class _Sink:
     def __init__(self) -> None:
         self.rows = 0
 
-    def call(self, operation: Any, array: Any, into: Any) -> None:
+    def call(self, operation: Any, array: Any, into: Any, meanwhile: Any = None) -> None:
         self.rows += len(array)
 
     def close(self) -> None: ...

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from trusted_worker.pads import row_bytes
 from wire.kv_pages import KvType
 from wire.layout import Demand
 from wire.linears import all_specs, lookup_spec
 from wire.model_config import ModelConfig
 from wire.plan import plan, smallest
+from wire.sheets import row_bytes
 
 BANK = 1 << 20  # bytes of pads
 

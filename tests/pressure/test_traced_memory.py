@@ -12,6 +12,7 @@ from client.shapes import SHAPES
 from evaluation.shapes import make
 from tests.conftest import Rig, build
 from tests.pressure.quick_worker import QuickWorker
+from tests.simulators.workers import Meanwhile, do
 from trusted_worker.model import Batch, Run
 from wire import codec
 from wire.checkpoint import Checkpoint
@@ -32,11 +33,18 @@ class Tracer(QuickWorker):
 
     peak = base = 0
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Meanwhile = None,
+    ) -> None:
         """See schemes.base.Worker."""
         self.note()
         super().call(operation, array, into)
         tracemalloc.reset_peak()
+        do(meanwhile)
 
     def note(self) -> None:
         """Look at what was traced since the last call."""

@@ -7,7 +7,7 @@ import torch
 
 from gpu_worker.calls import CallReader
 from gpu_worker.worker import Worker
-from tests.simulators.workers import fill
+from tests.simulators.workers import Meanwhile, do, fill
 from wire import codec
 from wire.model_config import ModelConfig
 from wire.v1 import gpu_worker_pb2 as pb
@@ -33,7 +33,13 @@ class InProcessWorker:
         self.seen: list[Exchange] = []
         self._begin()
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Meanwhile = None,
+    ) -> None:
         """See schemes.base.Worker."""
         self.calls += 1
         sent: codec.Array | None = None if array is None else array.copy()
@@ -46,6 +52,7 @@ class InProcessWorker:
             call = self._reader.add(frame, self.worker.model)
         assert call is not None
         answer = self.worker.execute(call, self.held)
+        do(meanwhile)
         fill(into, answer)
         self.seen.append(Exchange(call.operation, sent, answer))
 

@@ -14,6 +14,7 @@ from wire.quantize import quantize_rows
 from wire.v1 import gpu_worker_pb2 as pb
 
 Words = npt.NDArray[np.int32]
+Meanwhile = Callable[[], None] | None
 
 
 def read_weight(checkpoint: Checkpoint, config: ModelConfig, of: LinearSpec) -> npt.NDArray[np.float32]:
@@ -32,7 +33,13 @@ class HonestWorker:
         self._table: npt.NDArray[np.int64] | None = None
         self.calls = 0
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Meanwhile = None,
+    ) -> None:
         """See schemes.base.Worker."""
         self.calls += 1
         assert array is not None
@@ -46,6 +53,7 @@ class HonestWorker:
         else:
             plain = operation.matmul
             answer = (array @ self.weight(plain.layer, plain.linear, int8=False).T).astype(np.float32)
+        do(meanwhile)
         fill(into, answer)
 
     def close(self) -> None:
@@ -74,13 +82,19 @@ class RecordingWorker(HonestWorker):
         super().__init__(checkpoint, config)
         self.seen: list[tuple[int, int, npt.NDArray[np.int32]]] = []
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Meanwhile = None,
+    ) -> None:
         """See schemes.base.Worker."""
         assert array is not None
         lookup = operation.HasField("ring_lookup")
         of = lookup_spec(self._config) if lookup else operation.ring_matmul
         self.seen.append((of.layer, int(of.linear), array.astype(np.int32, copy=True)))
-        super().call(operation, array, into)
+        super().call(operation, array, into, meanwhile)
 
 
 class CheatingWorker(HonestWorker):
@@ -90,14 +104,26 @@ class CheatingWorker(HonestWorker):
 
     _previous: Words | None = None
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Meanwhile = None,
+    ) -> None:
         """See schemes.base.Worker."""
-        super().call(operation, array, into)
+        super().call(operation, array, into, meanwhile)
         assert into is not None
         answer = into.astype(np.int32)
         previous, self._previous = self._previous, answer.copy()
         if self.cheat:
             fill(into, self.cheat(answer, np.zeros_like(answer) if previous is None else previous))
+
+
+def do(meanwhile: Meanwhile) -> None:
+    """Once what was asked is on its way."""
+    if meanwhile:
+        meanwhile()
 
 
 def fill(into: codec.Array | None, answer: codec.Array | None) -> None:

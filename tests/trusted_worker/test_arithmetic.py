@@ -313,14 +313,14 @@ def test_rotation_is_a_complex_product(head_dim: int, theta: float, seed: int) -
     angles = positions[:, None, None] * theta ** (-np.arange(half) / half)
     turned = (x[..., :half].astype(np.float64) + 1j * x[..., half:]) * np.exp(1j * angles)
     out = x.copy()
-    arithmetic.rotate(out, positions, _frequencies(head_dim, theta))
+    arithmetic.rotate(out, *arithmetic.angles(positions, _frequencies(head_dim, theta)))
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], axis=-1), atol=3e-4)
 
 
 def test_rotation_at_position_zero_changes_nothing() -> None:
     x = _random(0).standard_normal((1, 2, 8)).astype(np.float32)
     out = x.copy()
-    arithmetic.rotate(out, np.zeros(1, np.int32), _frequencies(8, 1e4))
+    arithmetic.rotate(out, *arithmetic.angles(np.zeros(1, np.int32), _frequencies(8, 1e4)))
     assert (out == x).all()
 
 
@@ -328,7 +328,7 @@ def test_rotation_reaches_into_a_view() -> None:
     """The decoder rotates the query and key heads of a larger array, and values stay."""
     heads = _random(1).standard_normal((2, 5, 8)).astype(np.float32)
     before = heads.copy()
-    arithmetic.rotate(heads[:, :3], np.array([4, 9], np.int32), _frequencies(8, 1e4))
+    arithmetic.rotate(heads[:, :3], *arithmetic.angles(np.array([4, 9], np.int32), _frequencies(8, 1e4)))
     assert (heads[:, 3:] == before[:, 3:]).all()
     assert (heads[:, :3] != before[:, :3]).any()
 
@@ -337,7 +337,7 @@ def test_interleaved_pairs_rotate_as_complex_numbers_and_the_dims_behind_them_st
     x = _random(2).standard_normal((3, 2, 16)).astype(np.float32)
     positions, frequencies = np.array([0, 5, 77], np.int32), _frequencies(8, 1e4)
     out = x.copy()
-    arithmetic.rotate(out, positions, frequencies, interleaved=True)
+    arithmetic.rotate(out, *arithmetic.angles(positions, frequencies), interleaved=True)
     turned = (x[..., 0:8:2] + 1j * x[..., 1:8:2]) * np.exp(1j * positions[:, None, None] * frequencies)
     np.testing.assert_allclose(out[..., 0:8:2], turned.real, atol=1e-4)
     np.testing.assert_allclose(out[..., 1:8:2], turned.imag, atol=1e-4)
@@ -381,16 +381,16 @@ def test_a_permutation_before_rope_changes_the_scores_and_one_after_it_does_not(
 
     def scores(q: F32, k: F32, permuted_first: bool) -> F32:
         q, k = (one[..., order].copy() if permuted_first else one.copy() for one in (q, k))
-        arithmetic.rotate(q, positions, frequencies)
-        arithmetic.rotate(k, positions, frequencies)
+        arithmetic.rotate(q, *arithmetic.angles(positions, frequencies))
+        arithmetic.rotate(k, *arithmetic.angles(positions, frequencies))
         if not permuted_first:
             q, k = q[..., order], k[..., order]
         result: F32 = q[:, 0] @ k[:, 0].T
         return result
 
     plain_q, plain_k = q.copy(), k.copy()
-    arithmetic.rotate(plain_q, positions, frequencies)
-    arithmetic.rotate(plain_k, positions, frequencies)
+    arithmetic.rotate(plain_q, *arithmetic.angles(positions, frequencies))
+    arithmetic.rotate(plain_k, *arithmetic.angles(positions, frequencies))
     right = plain_q[:, 0] @ plain_k[:, 0].T
     error = [float(np.linalg.norm(scores(q, k, first) - right) / np.linalg.norm(right)) for first in (True, False)]
     assert error[0] > 0.5  # not a rounding error: other attention
@@ -426,7 +426,7 @@ def test_a_row_does_not_depend_on_its_batch(scratch: Scratch, m: int, k: int, se
     def everything(part: slice) -> list[npt.NDArray[Any]]:
         piece = np.ascontiguousarray(x[part])
         turned = piece.reshape(len(piece), 1, k).copy()
-        arithmetic.rotate(turned, positions[part], frequencies)
+        arithmetic.rotate(turned, *arithmetic.angles(positions[part], frequencies))
         with scratch.frame():
             x_q, scale = arithmetic.quantize(piece, bound, scratch)
             y = arithmetic.dequantize(x_q, scale, gain, gain, np.empty(x_q.shape, np.float32))
@@ -478,7 +478,8 @@ def test_head_by_head_functions_work_in_place() -> None:
     gain, positions = np.ones(128, np.float32), np.arange(ROWS, dtype=np.int32)
     assert traced.peak(lambda: arithmetic.normalise_heads(heads[:, :64], gain, 1e-6)) < OUTSIDE
     for interleaved in (False, True):
-        work = lambda: arithmetic.rotate(heads[:, :70], positions, _frequencies(128, 1e4), interleaved)  # noqa: E731, B023
+        cos, sin = arithmetic.angles(positions, _frequencies(128, 1e4))
+        work = lambda: arithmetic.rotate(heads[:, :70], cos, sin, interleaved)  # noqa: E731, B023
         assert traced.peak(work) < OUTSIDE
 
 

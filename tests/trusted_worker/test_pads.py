@@ -15,20 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trusted_worker.arithmetic import I8, I32
-from trusted_worker.pads import TAG_BYTES, Bank, Pad, PadReuseError, PadSource, Refill, nonce, row_bytes
+from trusted_worker.pad_bank import Bank, Pad
+from trusted_worker.pads import PadReuseError, PadSource, Refill, nonce
 from trusted_worker.secure_memory import Scratch, SecureMemory
 from trusted_worker.weights import Weights
 from wire.errors import VerificationError
 from wire.linears import LOOKUP_LAYER, Linear, LinearSpec
 from wire.plan import REFILL_ROWS
-from wire.scratch import SEGMENT
+from wire.scratch import SHEET
+from wire.sheets import TAG_BYTES, row_bytes
 
 CASES = settings(deadline=None, max_examples=200, derandomize=True)
 BOOT, DIGEST = bytes(range(32)), hashlib.sha256(b"model").digest()
 
 layers = st.one_of(st.integers(0, 3), st.integers(0, (1 << 16) - 1))
 indices = st.one_of(st.integers(0, 3), st.integers(0, (1 << 64) - 1))
-names = st.tuples(layers, st.sampled_from(Linear), st.one_of(st.integers(0, 3), st.integers(0, 4095)), indices)
+names = st.tuples(layers, st.sampled_from(Linear), indices)
 
 
 def _spec(layer: int = 0, linear: Linear = Linear.QKV, k: int = 24, n: int = 40) -> LinearSpec:
@@ -78,7 +80,7 @@ class Stock:
         self.source = PadSource(key, DIGEST)
         self.bank = Bank(key, self.specs, rows * row_bytes(self.specs), None)
         self.memory = SecureMemory(8 << 20)
-        widest = max(1 << 16, *(12 * max(rows, 1) * (spec.k + min(spec.n, SEGMENT)) for spec in self.specs))
+        widest = max(1 << 16, *(12 * max(rows, 1) * (spec.k + min(spec.n, SHEET)) for spec in self.specs))
         scratch = Scratch(self.memory, widest + (3 << 20))
         self.refill = Refill(self.source, self.bank, cast(Weights, self.shelf), self.specs, scratch, REFILL_ROWS)
 
@@ -102,7 +104,8 @@ class Stock:
     def opened(self, pad: Pad, spec: LinearSpec) -> I32:
         """u as the bank gives it."""
         out = np.zeros(spec.n, np.int32)
-        pad.remove(spec, out, Scratch(SecureMemory(1 << 16), 1 << 15))
+        pad.lay(np.zeros(max(self.bank.sheets.widths), np.int32))
+        pad.remove(spec, out)
         return -out
 
     @property
@@ -131,25 +134,25 @@ def _write(source: PadSource, spec: LinearSpec, index: int) -> I32:
 
 @given(names, names)
 @CASES
-def test_names_of_pads_are_injective(one: tuple[int, Linear, int, int], two: tuple[int, Linear, int, int]) -> None:
-    first, second = (nonce(_spec(layer, linear), segment, index) for layer, linear, segment, index in (one, two))
+def test_names_of_pads_are_injective(one: tuple[int, Linear, int], two: tuple[int, Linear, int]) -> None:
+    first, second = (nonce(_spec(layer, linear), index) for layer, linear, index in (one, two))
     assert len(first) == 12
     assert (first == second) == (one == two)
 
 
 @given(names)
 @CASES
-def test_names_of_pads_can_be_read_back(name: tuple[int, Linear, int, int]) -> None:
-    layer, linear, segment, index = name
-    word = int.from_bytes(nonce(_spec(layer, linear), segment, index)[:4], "big")
-    assert (word >> 16, word >> 12 & 15, word & 4095) == (layer, linear, segment)
-    assert int.from_bytes(nonce(_spec(layer, linear), segment, index)[4:], "big") == index
+def test_names_of_pads_can_be_read_back(name: tuple[int, Linear, int]) -> None:
+    layer, linear, index = name
+    word = int.from_bytes(nonce(_spec(layer, linear), index)[:4], "big")
+    assert (word >> 16, word & 0xFFFF) == (layer, linear)
+    assert int.from_bytes(nonce(_spec(layer, linear), index)[4:], "big") == index
 
 
-@pytest.mark.parametrize(("layer", "segment", "index"), [(1 << 16, 0, 0), (0, 4096, 0), (0, 0, -1), (0, 0, 1 << 64)])
-def test_names_out_of_range_are_refused(layer: int, segment: int, index: int) -> None:
+@pytest.mark.parametrize(("layer", "index"), [(1 << 16, 0), (0, -1), (0, 1 << 64)])
+def test_names_out_of_range_are_refused(layer: int, index: int) -> None:
     with pytest.raises(PadReuseError):
-        nonce(_spec(layer), segment, index)
+        nonce(_spec(layer), index)
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 5, 64, 14336])
@@ -157,7 +160,7 @@ def test_names_out_of_range_are_refused(layer: int, segment: int, index: int) ->
 def test_pads_are_aes_256_counter_mode_under_a_derived_key(k: int, index: int) -> None:
     spec = _spec(layer=9, linear=Linear.GATE_UP, k=k)
     key = _hkdf(BOOT, DIGEST, b"cleave pads v1")
-    assert (_write(PadSource(BOOT, DIGEST), spec, index) == _stream(key, nonce(spec, 0, index), k)).all()
+    assert (_write(PadSource(BOOT, DIGEST), spec, index) == _stream(key, nonce(spec, index), k)).all()
 
 
 def test_pads_overwrite_what_was_there_and_reach_into_a_row() -> None:
@@ -231,7 +234,7 @@ def test_a_forked_child_gets_no_pads(in_child: Callable[[Callable[[], bool]], bo
             except PadReuseError:
                 continue
             return False
-        return not out.any() and not source._key
+        return not out.any() and source._streams is None
 
     assert in_child(refused)
     source.spend(spec, 0, out)
@@ -266,9 +269,9 @@ def test_opened_u_is_the_integer_product_modulo_the_ring(tile_rows: int) -> None
             assert (stock.opened(pad, spec) == stock.expected(spec, pad.index)).all()
 
 
-@pytest.mark.parametrize("n", [SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 11])
+@pytest.mark.parametrize("n", [SHEET - 1, SHEET, SHEET + 1, 2 * SHEET + 11])
 @pytest.mark.parametrize("tile_rows", [3000, 1 << 20])
-def test_outputs_of_several_segments(n: int, tile_rows: int) -> None:
+def test_outputs_of_several_sheets(n: int, tile_rows: int) -> None:
     stock = Stock(2, [_spec(k=3, n=n), _spec(1, k=5, n=10)], tile_rows)
     stock.fill()
     pad = stock.take()
@@ -469,8 +472,8 @@ def test_swapped_linears_of_equal_width_are_noticed() -> None:
             stock.opened(pad, spec)
 
 
-def test_swapped_segments_are_noticed() -> None:
-    stock = Stock(1, [_spec(k=2, n=2 * SEGMENT)])
+def test_swapped_sheets_are_noticed() -> None:
+    stock = Stock(1, [_spec(k=2, n=2 * SHEET)])
     stock.fill()
     content, _ = _parts(stock, 0)
     half = len(content) // 2
@@ -504,7 +507,7 @@ def test_a_bank_of_another_boot_cannot_be_opened() -> None:
 def test_the_bank_has_a_key_of_its_own() -> None:
     stock = Stock(1)
     assert stock.bank._key == _hkdf(BOOT, b"", b"cleave pad bank v1")
-    assert stock.bank._key != stock.source._key
+    assert stock.bank._key != _hkdf(BOOT, DIGEST, b"cleave pads v1")
 
 
 def test_the_file_has_no_name(tmp_path: Any) -> None:

@@ -61,7 +61,7 @@ class Product:
 
     def accepts(self, y: npt.NDArray[Any]) -> bool:
         """The verdict on an answer, reduced to the ring as an answer of the worker is."""
-        return self.verifier.accepts(self.spec, self.x, _words(y), scratch)
+        return self.verifier.accepts(self.verifier.expect(self.spec, self.x, scratch), _words(y), scratch)
 
 
 def _words(y: npt.NDArray[Any]) -> I32:
@@ -153,7 +153,8 @@ def test_right_rows_are_accepted(seed: int) -> None:
 def test_zero_rows_and_no_rows_are_accepted(product: Product) -> None:
     for rows in (0, 2):
         x = np.zeros((rows, K), np.int32)
-        assert product.verifier.accepts(product.spec, x, np.zeros((rows, N), np.int32), scratch)
+        expected = product.verifier.expect(product.spec, x, scratch)
+        assert product.verifier.accepts(expected, np.zeros((rows, N), np.int32), scratch)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -374,13 +375,13 @@ class Lookup:
 
     def accepts(self, y: npt.NDArray[Any]) -> bool:
         """See Product."""
-        return self.verifier.accepts_lookup(self.ids, _words(y), scratch)
+        return self.verifier.accepts(self.verifier.expect_lookup(self.ids), _words(y), scratch, TABLE_LIMIT)
 
 
 def test_right_rows_of_the_table_are_accepted() -> None:
     one = Lookup()
     assert one.accepts(one.y)
-    assert one.verifier.accepts_lookup(one.ids[:0], np.empty((0, 40), np.int32), scratch)
+    assert one.verifier.accepts(one.verifier.expect_lookup(one.ids[:0]), np.empty((0, 40), np.int32), scratch)
     one.verifier.draw()
     assert not one.accepts(one.y)
     one.prepare()
@@ -430,10 +431,11 @@ def test_a_right_row_beyond_the_range_of_a_table_is_rejected(sign: int) -> None:
 def test_checks_take_no_more_scratch_than_they_say(m: int, n: int) -> None:
     one, size = Product(n=n, k=50, m=m), check_bytes(m, max(n, 50)) + SLACK
     exact = Scratch(SecureMemory(size + (1 << 13)), size)
-    assert one.verifier.accepts(one.spec, one.x, one.y.astype(np.int32), exact)
+    expected = one.verifier.expect(one.spec, one.x, exact)
+    assert one.verifier.accepts(expected, one.y.astype(np.int32), exact)
     table = Lookup(hidden=n)
     rows = np.resize(table.ids, m)
-    assert table.verifier.accepts_lookup(rows, table.table[rows].astype(np.int32), exact)
+    assert table.verifier.accepts(table.verifier.expect_lookup(rows), table.table[rows].astype(np.int32), exact)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(70, 50), (SUM_BLOCK + 1, 3), (3, SUM_BLOCK + 1), (300, 900)])
@@ -455,9 +457,9 @@ def test_large_shapes_keep_their_temporaries_in_the_scratch() -> None:
 
     def run() -> None:
         with scratch.frame():
-            verifier.accepts(wide, rows[:, :896], rows, scratch)
-            verifier.accepts(long, rows[:, :11_008], rows[:, :896], scratch)
-            verifier.accepts_lookup(rows[:, 0], rows[:, :896], scratch)
+            verifier.accepts(verifier.expect(wide, rows[:, :896], scratch), rows, scratch)
+            verifier.accepts(verifier.expect(long, rows[:, :11_008], scratch), rows[:, :896], scratch)
+            verifier.accepts(verifier.expect_lookup(rows[:, 0]), rows[:, :896], scratch)
             verifier.prepare(long, [(0, tile)], scratch)
             verifier.prepare_lookup([(151_600, table)], scratch)
 

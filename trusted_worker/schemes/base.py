@@ -1,5 +1,6 @@
 """What a scheme is: how one batch of rows becomes logits, who computes which product, and what protects it."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -25,8 +26,16 @@ class Worker(Protocol):
         """Which stream is open: another number means that what the old one held is gone."""
         ...
 
-    def call(self, operation: pb.Operation, array: codec.Array | None, into: codec.Array | None) -> None:
+    def call(
+        self,
+        operation: pb.Operation,
+        array: codec.Array | None,
+        into: codec.Array | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """One exchange. The answer fills `into`, C-contiguous; None for an operation that answers without a tensor.
+
+        What is done `meanwhile` is done while the worker computes.
 
         It has the dtype and shape of `into`, and is hostile until verified. After an error `into` holds junk.
         """

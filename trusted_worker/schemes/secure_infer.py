@@ -26,6 +26,7 @@ and no read of the disk depends on the token. The other rows share one scan of t
 (weights.py).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -33,10 +34,11 @@ import numpy as np
 from trusted_worker.arithmetic import F32, I32
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.model import Accept, Batch
-from trusted_worker.pads import Pad, Pads
+from trusted_worker.pad_bank import Pad
+from trusted_worker.pads import Pads
 from trusted_worker.schemes.base import InsideDecoder, Worker, ring_matmul
 from trusted_worker.secure_memory import Scratch
-from trusted_worker.verification import Verifier
+from trusted_worker.verification import I64, TABLE_LIMIT, Verifier
 from trusted_worker.weights import Weights
 from wire.errors import ParkedError, VerificationError
 from wire.linears import LinearSpec, lookup_spec
@@ -74,7 +76,9 @@ class SecureInfer(InsideDecoder):
         self._pads = self._take(batch)
         self._issued += len(self._pads)
         try:
-            super().forward(batch, accept)
+            with self._scratch.frame():
+                self._lay_out(self._pads)
+                super().forward(batch, accept)
         except ParkedError:  # our own disk: the worker has done nothing wrong
             raise
         except VerificationError:
@@ -110,6 +114,13 @@ class SecureInfer(InsideDecoder):
             "products_inside": self._inside,
             "spill_bytes": super().counters()["spill_bytes"] + self._bank.size,
         }
+
+    def _lay_out(self, pads: list[Pad]) -> None:
+        """A place for the sheet of each pad that is open."""
+        width = max(self._bank.sheets.widths) if pads else 0
+        sheets: I32 = self._scratch.empty((len(pads), width), np.int32)
+        for pad, sheet in zip(pads, sheets, strict=True):
+            pad.lay(sheet)
 
     def _prepare(self) -> None:
         for spec in self._weights.specs:
@@ -161,8 +172,15 @@ class SecureInfer(InsideDecoder):
             for row, pad in enumerate(pads):  # (2) r is overwritten by z
                 self._source.spend(spec, pad.index, z[row])
             np.add(z, x_q, out=z)
-            self._exchange(ring_matmul(spec), spec, z, pads, y_q)
-        if not self._verifier.accepts(spec, x_q, y_q, self._scratch):  # (5)
+            expected: list[I64] = []
+
+            def meanwhile() -> None:
+                for pad in pads:
+                    pad.open(spec)
+                expected.append(self._verifier.expect(spec, x_q, self._scratch))
+
+            self._exchange(ring_matmul(spec), spec, z, pads, y_q, meanwhile)
+        if not self._verifier.accepts(expected[0], y_q, self._scratch):  # (5)
             raise VerificationError
         self._verified += len(pads)
 
@@ -175,13 +193,21 @@ class SecureInfer(InsideDecoder):
         z[np.arange(len(ids)), ids] += np.int32(1)
         y_q: I32 = self._scratch.empty((len(pads), spec.n), np.int32)
         self._exchange(pb.Operation(ring_lookup=pb.RingLookup()), spec, z, pads, y_q)
-        if not self._verifier.accepts_lookup(ids, y_q, self._scratch):  # (5)
+        if not self._verifier.accepts(self._verifier.expect_lookup(ids), y_q, self._scratch, TABLE_LIMIT):  # (5)
             raise VerificationError
         self._verified += len(pads)
         np.multiply(y_q, self._weights.table_scale[ids][:, None], out=out, casting="unsafe", dtype=np.float32)  # (6)
 
-    def _exchange(self, operation: pb.Operation, spec: LinearSpec, z: I32, pads: list[Pad], y_q: I32) -> None:
+    def _exchange(
+        self,
+        operation: pb.Operation,
+        spec: LinearSpec,
+        z: I32,
+        pads: list[Pad],
+        y_q: I32,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Steps 3 and 4."""
-        self._worker.call(operation, z, y_q)  # (3) the answer is copied once, into the arena
+        self._worker.call(operation, z, y_q, meanwhile)  # (3) the answer is copied once, into the arena
         for row, pad in enumerate(pads):  # (4)
-            pad.remove(spec, y_q[row], self._scratch)
+            pad.remove(spec, y_q[row])

@@ -1,0 +1,50 @@
+"""AES-256-CTR (NIST SP 800-38A) under one key, for many short streams.
+
+The stream of a 96-bit nonce is AES(key, nonce || u32 block number), block after block. It is made as what it is, the
+block cipher over counters, because making a CTR object of the library costs more than most streams are long.
+The counters are no secret; the stream is written where it is wanted and nowhere else.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from Crypto.Cipher import AES
+
+BLOCK_BYTES = 16
+NONCE_BYTES = 12
+_AT_ONCE = 1 << 12  # blocks
+
+
+class KeyStream:
+    """The streams of one key, 32 bytes."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = AES.new(key, AES.MODE_ECB)
+        self._counters = np.empty((_AT_ONCE, 4), ">u4")
+        self._bytes = self._counters.data.cast("B")
+        self._steps = np.arange(_AT_ONCE, dtype=np.uint32)
+        self._first = -1  # block number of the first counter
+
+    def write(self, nonce: bytes, out: npt.NDArray[Any], first: int = 0) -> None:
+        """The stream of a 12-byte nonce into `out`, C-contiguous: its bytes from block `first` on.
+
+        Raises ValueError for a stream beyond 2^32 blocks.
+        """
+        room = out.data.cast("B")
+        blocks = -(-len(room) // BLOCK_BYTES)
+        if first + blocks > 1 << 32:
+            raise ValueError("a key stream has at most 2^32 blocks")
+        self._counters[: min(blocks, _AT_ONCE), :3] = np.frombuffer(nonce, ">u4")
+        for start in range(0, blocks, _AT_ONCE):
+            self._count_from(first + start)
+            part = room[start * BLOCK_BYTES : (start + _AT_ONCE) * BLOCK_BYTES]
+            whole = len(part) // BLOCK_BYTES * BLOCK_BYTES
+            self._cipher.encrypt(self._bytes[:whole], output=part[:whole])
+            if rest := part[whole:]:
+                rest[:] = self._cipher.encrypt(self._bytes[whole : whole + BLOCK_BYTES])[: len(rest)]
+
+    def _count_from(self, first: int) -> None:
+        if first != self._first:
+            self._counters[:, 3] = self._steps + np.uint32(first)  # wraps only behind the last block
+            self._first = first
