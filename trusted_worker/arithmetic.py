@@ -141,9 +141,17 @@ class Bound:
         finest = min((X_LIMIT - 1) / peak, max(by_one / ones, by_two / math.sqrt(squares)))
         return min(max(finest * _MARGIN, 0.0), _LARGE)
 
-    def holds(self, peak: float, ones: float, squares: float) -> bool:
-        """The promise of step 1, from the norms of the integers: sums of |x_q| are exact, of squares to k * 2^-53."""
-        return peak < X_LIMIT and (squares <= self.square_limit * _SURELY or 127 * ones < Y_LIMIT)
+    def holds(self, x_q: F64, peaks: list[float], spare: F64) -> bool:
+        """The promise of step 1, on the integers: sums of |x_q| are exact, of squares to k * 2^-53. `peaks` are the
+        largest |x_q|. `spare` is written over.
+        """
+        limit = self.square_limit * _SURELY
+        if max(peaks, default=0) >= X_LIMIT:
+            return False
+        if all(square <= limit for square in np.vecdot(x_q, x_q).tolist()):
+            return True
+        ones = np.abs(x_q, out=spare).sum(axis=1).tolist()
+        return all(s <= limit or 127 * one < Y_LIMIT for s, one in zip(np.vecdot(x_q, x_q).tolist(), ones, strict=True))
 
 
 def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
@@ -169,21 +177,17 @@ def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
 
 def _quantize(x: F64, spare: F64, bound: Bound) -> list[float]:
     """Rows of float64[m, k] become integers in place: the factor of each. `spare` is written over."""
-    norms = _norms(x, spare)
-    if not all(peak < np.inf for peak, _, _ in norms):
+    np.abs(x, out=spare)
+    peaks, ones, squares = spare.max(axis=1).tolist(), spare.sum(axis=1).tolist(), np.vecdot(x, x).tolist()
+    if not all(peak < np.inf for peak in peaks):
         raise InvalidArgumentError("the model's activations are not finite")
-    factors = [bound.factor(*row) for row in norms]
+    factors = [bound.factor(*norms) for norms in zip(peaks, ones, squares, strict=True)]
     np.multiply(x, np.array(factors)[:, None], out=x)
     np.rint(x, out=x)
-    if not all(bound.holds(*row) for row in _norms(x, spare)):
+    rounded = [round(peak * factor) for peak, factor in zip(peaks, factors, strict=True)]  # as each element was
+    if not bound.holds(x, rounded, spare):
         raise InvalidArgumentError("the model's activations do not fit the ring")
     return factors
-
-
-def _norms(x: F64, spare: F64) -> list[tuple[float, float, float]]:
-    """Of each row: the largest |element|, the sum of |elements|, the sum of squares. `spare` is written over."""
-    np.abs(x, out=spare)
-    return list(zip(spare.max(axis=1).tolist(), spare.sum(axis=1).tolist(), np.vecdot(x, x).tolist(), strict=True))
 
 
 def dequantize(y_q: I32, x_scale: F32, w_scale: F32, bias: F32 | None, out: F32) -> F32:

@@ -12,6 +12,7 @@ the masked lookup: as long as the vocabulary is large, so it is made and multipl
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,17 +62,25 @@ class PadSource:
 
     def write(self, spec: LinearSpec, index: int, out: Any, first: int = 0) -> None:
         """r for one row of a linear into out, a C-contiguous 32-bit array: words `first` on, a multiple of 4."""
+        self._own_streams().write(nonce(spec, index), out, first // WORDS_OF_BLOCK)
+
+    def spend(self, spec: LinearSpec, indices: list[int], out: Any) -> None:
+        """r for masking, a row of `out` for each index: like `write`, once and in increasing order for each linear.
+
+        Raises PadReuseError, and writes nothing then.
+        """
+        for before, index in pairwise([self._last.get(spec, -1), *indices]):
+            if index <= before or index >= self._next:
+                self.reused += 1
+                raise PadReuseError("a pad was about to be used twice")
+        streams = self._own_streams()
+        self._last[spec] = indices[-1]
+        streams.write_rows([nonce(spec, index) for index in indices], out)
+
+    def _own_streams(self) -> KeyStream:
         if os.getpid() != self._pid or self._streams is None:
             raise PadReuseError("pads were asked for by a forked process")
-        self._streams.write(nonce(spec, index), out, first // WORDS_OF_BLOCK)
-
-    def spend(self, spec: LinearSpec, index: int, out: Any) -> None:
-        """r for masking: like `write`, once and in increasing order for each linear. Raises PadReuseError."""
-        if index <= self._last.get(spec, -1) or index >= self._next:
-            self.reused += 1
-            raise PadReuseError("a pad was about to be used twice")
-        self._last[spec] = index
-        self.write(spec, index, out)
+        return self._streams
 
     def _poison(self) -> None:
         self._streams = None

@@ -53,7 +53,6 @@ class Verifier:
         self._table: npt.NDArray[np.int16] = np.empty((CHECK_LIMBS, 0), np.int16)
         if vocabulary:
             self._table = memory.allocate("verification", (CHECK_LIMBS, vocabulary), np.int16).array
-        self._s_weights, self._c_weights = powers(S_BITS, SUM_LIMBS), powers(C_BITS, CHECK_LIMBS)
         self.draw()
 
     def draw(self) -> None:
@@ -86,24 +85,23 @@ class Verifier:
                 exact_product(wide, [(0, tile)], sums, scratch)  # below 2^8 * 2^7 * 2^16: nothing wraps
                 store(sums, self._table[:, first : first + len(tile)])
 
-    def expect(self, spec: LinearSpec, x_q: I32, scratch: Scratch) -> I64:
-        """c . x_q mod P of every row, int64[m]: what s . y_q must be. Needs no answer, so it is made before one."""
-        c, sums = self._c[spec].array, np.zeros((CHECK_LIMBS, len(x_q)), np.int64)
-        dots(((at, c[:, at : at + SUM_BLOCK]) for at in range(0, spec.k, SUM_BLOCK)), x_q, sums, scratch)
-        return combine(sums, self._c_weights)
+    def expect(self, spec: LinearSpec, x_q: I32, scratch: Scratch) -> list[int]:
+        """c . x_q mod P of every row: what s . y_q must be. Needs no answer, so it is made before one."""
+        c = self._c[spec].array
+        parts = ((at, c[:, at : at + SUM_BLOCK]) for at in range(0, spec.k, SUM_BLOCK))
+        return residues(dots(parts, x_q, CHECK_LIMBS, scratch), C_BITS)
 
-    def expect_lookup(self, ids: I32) -> I64:
+    def expect_lookup(self, ids: I32) -> list[int]:
         """The same for the rows of the table that ids int32[m] name."""
-        return combine(self._table[:, ids], self._c_weights)
+        return residues(self._table[:, ids], C_BITS)
 
-    def accepts(self, expected: I64, y_q: I32, scratch: Scratch, limit: int = Y_LIMIT - 1) -> bool:
+    def accepts(self, expected: list[int], y_q: I32, scratch: Scratch, limit: int = Y_LIMIT - 1) -> bool:
         """Whether every row of y_q int32[m, n] is as expected, and no |element| above the limit: TABLE_LIMIT for rows
         of the table. Both checks always run; one verdict.
         """
-        sums = np.zeros((SUM_LIMBS, len(y_q)), np.int64)
         with scratch.frame():
-            dots(self._secret(0, y_q.shape[1], scratch), y_q, sums, scratch)
-        sound = bool((combine(sums, self._s_weights) == expected).all())
+            sums = dots(self._secret(0, y_q.shape[1], scratch), y_q, SUM_LIMBS, scratch)
+        sound = residues(sums, S_BITS) == expected
         in_range = int(y_q.max(initial=0)) <= limit and int(y_q.min(initial=0)) >= -limit
         return sound & in_range
 
@@ -123,9 +121,9 @@ class Verifier:
         return out
 
 
-def dots(parts: Iterable[tuple[int, Digits]], values: I32, sums: I64, scratch: Scratch) -> None:
-    """Add digits . values^T to int64[limbs, m]: (first column, digits[limbs, at most SUM_BLOCK]) and int32[m, n]."""
-    limbs = len(sums)
+def dots(parts: Iterable[tuple[int, Digits]], values: I32, limbs: int, scratch: Scratch) -> I64:
+    """digits . values^T as int64[limbs, m], from (first column, digits[limbs, at most SUM_BLOCK]) and int32[m, n]."""
+    sums: I64 = np.zeros((limbs, len(values)), np.int64)
     for first, digits in parts:
         width = digits.shape[1]
         block = max(1, WORK // width)
@@ -138,6 +136,12 @@ def dots(parts: Iterable[tuple[int, Digits]], values: I32, sums: I64, scratch: S
                 part = copy[: len(rows)]
                 np.copyto(part, rows)
                 sums[:, top : top + block] += np.matmul(wide, part.T).astype(np.int64)
+    return sums
+
+
+def residues(sums: npt.NDArray[Any], bits: int) -> list[int]:
+    """What limbs of so many bits, integers [limbs, m], stand for modulo P: one integer for each row."""
+    return [sum(limb << bits * i for i, limb in enumerate(row)) % PRIME for row in sums.T.tolist()]
 
 
 def combine(sums: npt.NDArray[Any], weights: I64) -> I64:

@@ -10,7 +10,7 @@ from wire.linears import BLOCK, Linear, LinearSpec, kinds, lookup_spec, spec
 from wire.model_config import ModelConfig
 
 SLACK = 1 << 12  # for what alignment loses
-SHEET = 1 << 13  # words of u that are sealed together, at most
+SHEET = 1 << 14  # words of u that are sealed together, at most
 LOOKUP_BYTES = 1 << 20  # of one-hot rows that travel together
 MAX_RANK, ADAPTED_ROWS = 256, 8  # of a LoRA adapter; rows of activations that go through it together
 # Exact products (arithmetic.py).

@@ -36,6 +36,18 @@ def test_it_writes_words_where_they_belong() -> None:
     assert (rows[[0, 2]] == 7).all()
 
 
+@pytest.mark.parametrize("width", [4, 5, 64, 4864, 1 << 14, 1 << 15])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_rows_are_streams_of_their_own(rows: int, width: int) -> None:
+    stream, nonces = KeyStream(KEY), [bytes([row]) * 12 for row in range(rows)]
+    for _ in range(2):
+        out = np.full((rows, width), 7, np.int32)
+        stream.write_rows(nonces, out)
+        assert [row.tobytes() for row in out] == [library(nonce, 0, 4 * width) for nonce in nonces]
+        stream.write(nonces[0], out[0], 3)
+        assert out[0].tobytes() == library(nonces[0], 3, 4 * width)
+
+
 def test_the_last_block_is_the_last() -> None:
     stream, out = KeyStream(KEY), np.empty(2 * BLOCK_BYTES, np.uint8)
     stream.write(bytes(12), out, (1 << 32) - 2)

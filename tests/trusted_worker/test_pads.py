@@ -201,24 +201,39 @@ def test_spending_goes_forward_once() -> None:
     source, spec, other = PadSource(BOOT, DIGEST), _spec(), _spec(1)
     out = np.zeros(spec.k, np.int32)
     source.reserve(4)
-    source.spend(spec, 0, out)
+    source.spend(spec, [0], out[None])
     assert (out == _write(source, spec, 0)).all()
-    source.spend(other, 0, out)  # another linear has a stream of its own
-    source.spend(spec, 2, out)
+    source.spend(other, [0], out[None])  # another linear has a stream of its own
+    source.spend(spec, [2], out[None])
     kept = out.copy()
     for index in (2, 1, 0, -1, 4, 1 << 64):  # again, backwards, not reserved
         with pytest.raises(PadReuseError):
-            source.spend(spec, index, out)
+            source.spend(spec, [index], out[None])
     assert source.reused == 6
     assert (out == kept).all()
-    source.spend(spec, 3, out)
+    source.spend(spec, [3], out[None])
     assert source.reused == 6
+
+
+def test_rows_are_spent_together_or_not_at_all() -> None:
+    source, spec = PadSource(BOOT, DIGEST), _spec()
+    source.reserve(9)
+    out = np.zeros((3, spec.k), np.int32)
+    for indices in ([0, 2, 2], [1, 0, 2], [0, 1, 9]):
+        with pytest.raises(PadReuseError):
+            source.spend(spec, indices, out)
+    assert not out.any()
+    source.spend(spec, [0, 3, 7], out)
+    assert (out == [_write(source, spec, index) for index in (0, 3, 7)]).all()
+    with pytest.raises(PadReuseError):
+        source.spend(spec, [7, 8], out[:2])
+    source.spend(spec, [8], out[:1])
 
 
 def test_a_refused_pad_tells_nothing_to_a_peer() -> None:
     assert "twice" in str(PadReuseError("a pad was about to be used twice"))
     with pytest.raises(PadReuseError) as caught:
-        PadSource(BOOT, DIGEST).spend(_spec(), 5, np.zeros(24, np.int32))
+        PadSource(BOOT, DIGEST).spend(_spec(), [5], np.zeros((1, 24), np.int32))
     assert not any(character.isdigit() for character in str(caught.value))
 
 
@@ -228,16 +243,16 @@ def test_a_forked_child_gets_no_pads(in_child: Callable[[Callable[[], bool]], bo
     out = np.zeros(spec.k, np.int32)
 
     def refused() -> bool:
-        for method in (source.write, source.spend):
+        for ask in (lambda: source.write(spec, 0, out), lambda: source.spend(spec, [0], out[None])):
             try:
-                method(spec, 0, out)
+                ask()
             except PadReuseError:
                 continue
             return False
         return not out.any() and source._streams is None
 
     assert in_child(refused)
-    source.spend(spec, 0, out)
+    source.spend(spec, [0], out[None])
     assert out.any()
 
 
@@ -308,7 +323,7 @@ def test_every_taken_pad_can_be_spent_in_order() -> None:
         stock.fill()
         for _ in range(2):
             pad = stock.take()
-            stock.source.spend(stock.specs[0], pad.index, out)
+            stock.source.spend(stock.specs[0], [pad.index], out[None])
             pad.burn()
     assert stock.source.reused == 0
 
@@ -523,7 +538,7 @@ def test_an_answer_under_a_pad_is_recovered_exactly() -> None:
     spec, pad = stock.specs[0], stock.take()
     x = np.random.default_rng(0).integers(-(2**24) + 1, 2**24, spec.k).astype(np.int32)
     z = np.empty(spec.k, np.int32)
-    stock.source.spend(spec, pad.index, z)
+    stock.source.spend(spec, [pad.index], z[None])
     z += x
     weights: npt.NDArray[np.int64] = stock.shelf.matrix[spec].astype(np.int64)
     answer = (weights @ z.astype(np.int64)).astype(np.int32)

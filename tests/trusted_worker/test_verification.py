@@ -22,6 +22,7 @@ from trusted_worker.verification import (
     combine,
     dots,
     powers,
+    residues,
     store,
 )
 from wire.errors import PreconditionError
@@ -33,7 +34,7 @@ EDGES = [0, 1, 2, PRIME // 2 - 1, PRIME // 2, PRIME // 2 + 1, PRIME - 2, PRIME -
 K, N, M = 48, 70, 3
 scratch = Scratch(SecureMemory(24 << 20), 23 << 20)  # a frame of its own for every use
 
-residues = st.one_of(st.sampled_from(EDGES), st.integers(0, PRIME - 1))
+values_below = st.one_of(st.sampled_from(EDGES), st.integers(0, PRIME - 1))
 
 
 class Product:
@@ -103,7 +104,7 @@ def test_stored_residues_are_balanced_digits_of_the_sums(columns: list[list[int]
     assert _residues(digits) == [sum(v << (S_BITS * i) for i, v in enumerate(column)) % PRIME for column in columns]
 
 
-@given(st.lists(residues, min_size=1, max_size=30))
+@given(st.lists(values_below, min_size=1, max_size=30))
 @CASES
 def test_every_residue_can_be_stored(values: list[int]) -> None:
     sums = np.zeros((SUM_LIMBS, len(values)), np.int64)
@@ -116,12 +117,12 @@ def test_every_residue_can_be_stored(values: list[int]) -> None:
 @pytest.mark.parametrize(("bits", "count"), [(S_BITS, SUM_LIMBS), (C_BITS, CHECK_LIMBS)])
 @given(st.data())
 @CASES
-def test_combine_is_the_weighted_sum_modulo_the_prime(bits: int, count: int, data: st.DataObject) -> None:
+def test_limbs_stand_for_their_weighted_sum_modulo_the_prime(bits: int, count: int, data: st.DataObject) -> None:
     exact = st.one_of(st.sampled_from([0, 2**63 - 1, -(2**63), PRIME, -PRIME]), st.integers(-(2**63), 2**63 - 1))
     columns = data.draw(st.lists(st.lists(exact, min_size=count, max_size=count), min_size=1, max_size=5))
-    weights, sign = powers(bits, count), data.draw(st.sampled_from([1, -1]))
-    expected = [sum(sign * v << (bits * i) for i, v in enumerate(column)) % PRIME for column in columns]
-    assert combine(np.array(columns, np.int64).T, sign * weights).tolist() == expected
+    expected = [sum(v << (bits * i) for i, v in enumerate(column)) % PRIME for column in columns]
+    sums = np.array(columns, np.int64).T
+    assert residues(sums, bits) == combine(sums, powers(bits, count)).tolist() == expected
 
 
 @given(st.integers(0, 5), st.sampled_from([1, 9, 2 * SUM_BLOCK + 3]), st.booleans(), st.integers(0, 1000))
@@ -133,9 +134,9 @@ def test_dots_are_exact_at_the_edge_of_their_operands(m: int, width: int, checks
     else:
         digits, limit = random.choice(np.array([255, 254], np.uint8), (SUM_LIMBS, width)), 2**31 - 1
     values = random.choice(np.array([-limit, limit], np.int32), (m, width))
-    sums = np.zeros((len(digits), m), np.int64)
     with scratch.frame():
-        dots(((at, digits[:, at : at + SUM_BLOCK]) for at in range(0, width, SUM_BLOCK)), values, sums, scratch)
+        parts = ((at, digits[:, at : at + SUM_BLOCK]) for at in range(0, width, SUM_BLOCK))
+        sums = dots(parts, values, len(digits), scratch)
     assert sums.tolist() == (digits.astype(np.int64).astype(object) @ values.astype(np.int64).astype(object).T).tolist()
 
 

@@ -169,8 +169,7 @@ class SecureInfer(InsideDecoder):
         """Steps 2 to 5 for rows that have a pad: y_q int32[m, n], verified."""
         with self._scratch.frame():
             z: I32 = self._scratch.empty(x_q.shape, np.int32)
-            for row, pad in enumerate(pads):  # (2) r is overwritten by z
-                self._source.spend(spec, pad.index, z[row])
+            self._source.spend(spec, [pad.index for pad in pads], z)  # (2) r is overwritten by z
             np.add(z, x_q, out=z)
             expected: list[I64] = []
 
@@ -188,8 +187,7 @@ class SecureInfer(InsideDecoder):
         """Steps 2 to 6 for rows of the embedding table. Step 1 is exact: a one-hot row is an integer row of scale 1."""
         spec = self._table
         z: I32 = self._scratch.empty((len(pads), spec.k), np.int32)
-        for row, pad in enumerate(pads):  # (2)
-            self._source.spend(spec, pad.index, z[row])
+        self._source.spend(spec, [pad.index for pad in pads], z)  # (2)
         z[np.arange(len(ids)), ids] += np.int32(1)
         y_q: I32 = self._scratch.empty((len(pads), spec.n), np.int32)
         self._exchange(pb.Operation(ring_lookup=pb.RingLookup()), spec, z, pads, y_q)
