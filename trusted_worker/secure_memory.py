@@ -126,6 +126,10 @@ class Scratch:
         self._top = 0
         self._high = 0
 
+    def free(self) -> None:
+        """Wipe it and give it back."""
+        self._block.free()
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An uninitialised array that lives until the enclosing frame ends. Raises BudgetExceeded."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
