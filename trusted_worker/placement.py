@@ -2,8 +2,8 @@
 
 Here they cost arithmetic, there two exchanges a layer. Which is less depends on the link, on what leaving the TEE costs
 and on both machines. So `auto` measures it, once, before the budget is divided, on one row: exchanges of the right
-sizes, beside products of the right sizes here. Masks and checks of what goes out are left out: they cost less than
-either. A decision that is near costs little when it is wrong.
+sizes, beside products of the right sizes here. Masks and checks of what goes out are not counted, nor is the making of
+its pads in idle time.
 
 What the GPU worker sees meanwhile: words from the operating system's CSPRNG, as uniform as masked ones, and as many of
 each layer. Nothing is hidden in them, so they are no pads, and its answers are thrown away unread. What it learns: that
@@ -26,6 +26,8 @@ from wire.layout import Demand
 from wire.linears import PROJECTIONS, Linear, LinearSpec, all_specs
 from wire.plan import smallest
 from wire.scratch import SLACK, exact_bytes
+
+PASSES = 4  # over all layers; the first one warms up, and others meet a machine that is busy starting
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def decide(asked: str, demand: Demand, memory: SecureMemory, worker: GpuWorker) 
 
 
 def measure(specs: list[LinearSpec], memory: SecureMemory, worker: Worker) -> tuple[float, float]:
-    """Seconds of one row and one layer by way of the worker, and here: medians of all layers, after a pass to warm up.
+    """Seconds of one row and one layer by way of the worker, and here: of each layer the best pass, of all the median.
 
     `specs`: the projections of all layers. `memory` holds weights in the meantime. Raises what an exchange raises.
     """
@@ -73,17 +75,16 @@ def measure(specs: list[LinearSpec], memory: SecureMemory, worker: Worker) -> tu
     blocks = {spec: memory.allocate("placement", (spec.n, spec.k), np.int8) for spec in specs}
     for block in blocks.values():
         block.array[...] = 1  # one weight is as good as another, once its page is there
-    spent: F64 = np.zeros((2, len(specs) // len(PROJECTIONS)))
+    spent: F64 = np.zeros((PASSES, 2, len(specs) // len(PROJECTIONS)))
     try:
-        for _ in range(2):
-            spent[...] = 0
+        for one in spent:
             for spec in specs:
-                spent[:, spec.layer] += _seconds(spec, blocks[spec].array, scratch, worker)
+                one[:, spec.layer] += _seconds(spec, blocks[spec].array, scratch, worker)
     finally:
         for block in blocks.values():
             block.free()
         scratch.free()
-    outside, inside = np.median(spent, axis=1)
+    outside, inside = np.median(spent.min(axis=0), axis=1)
     return float(outside), float(inside)
 
 
