@@ -1,18 +1,20 @@
 """How a budget is divided: every division adds up, the smallest is the smallest, and more is never worse for long."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.shapes import SHAPES, shape
+from trusted_worker.pads import row_bytes
 from wire.errors import ExhaustedError
 from wire.kv_pages import KvType
 from wire.layout import Demand
 from wire.linears import PROJECTIONS, Linear, all_specs
 from wire.plan import HEAD_ROWS, MAX_ROWS, REFILL_ROWS, plan, smallest
-from wire.profiles import PROFILES
+from wire.profiles import MIB, PROFILES
 from wire.scratch import refill_bytes, step_bytes
 
 CASES = settings(deadline=None, max_examples=40, derandomize=True)
@@ -121,6 +123,19 @@ def test_kept_projections_cost_their_weights_and_save_their_checks(name: str) ->
     assert {spec.linear for spec in kept.padded(after.layout)} == set(Linear) - set(PROJECTIONS)
     large = 8 * sum(spec.k * spec.n for spec in all_specs(gone.config))
     assert plan(kept, large).parts["weights"] == plan(gone, large).parts["weights"]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "llama2-7b"])
+def test_the_table_of_docs_memory_is_true(name: str) -> None:
+    gone = Demand(shape(name), "secure-infer", "int8")
+    weights = sum(spec.k * spec.n for spec in all_specs(gone.config) if spec.linear in PROJECTIONS)
+    sizes = [smallest(gone), smallest(replace(gone, kept=PROJECTIONS))]
+    pads = [row_bytes(all_specs(gone.config, kept)) for kept in ((), PROJECTIONS)]
+    shown = [f"{weights / MIB:,.0f}"]
+    shown += [f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}" for size in sizes]
+    shown += [f"{size / MIB:.2f}" for size in pads]
+    text = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join([name, *shown])} |" in text
 
 
 def test_a_budget_that_is_too_small_for_what_is_kept_is_refused_with_what_would_do() -> None:
