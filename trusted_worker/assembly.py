@@ -54,8 +54,9 @@ class Assembled:
 
 
 def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
-    """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError, and for `auto` projections
-    what an exchange raises.
+    """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError.
+
+    With --projections auto also what an exchange raises.
     """
     try:
         tempfile.TemporaryFile(dir=settings.spill_dir).close()
