@@ -21,6 +21,7 @@ from client.shapes import SHAPES, shape
 from client.terminal import size
 from wire.errors import CheckpointError
 from wire.kv_pages import KvType, token_bytes
+from wire.linears import PROJECTIONS
 from wire.model_config import ModelConfig, read_json
 from wire.profiles import PROFILES, holding
 
@@ -29,7 +30,8 @@ _NOTES = """
 Per decoded token: one row, logits wanted, the token itself counted in the context. A prompt row: its logits are not
 wanted; a pass over up to 64 rows makes as many exchanges as one row. Masked lookup: one more exchange for each row with
 a pad, where the memory budget does not hold the embedding table. Bytes are those of tensors: the envelope of a
-call, some dozens of bytes, comes on top. MACs are those of matrix products. secure-infer: with a pad in stock.
+call, some dozens of bytes, comes on top. MACs are those of matrix products. secure-infer: with a pad in stock; with
+--projections trusted the linears of its trusted worker are qkv and o, whose weights stay inside.
 Smallest memory: the least --memory-budget of the trusted worker, divided as it divides it; interpreter, libraries and
 numpy's temporaries lie outside. Where the decoder runs inside (secure-infer, split, tee-only) it has room for one row,
 one pad in the making and, in every layer, one page of 64 tokens, whatever the context: pages that do not fit are
@@ -69,7 +71,9 @@ def report(options: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     for scheme in [options.scheme] if options.scheme else SCHEMES:
         precisions = SCHEMES[scheme][0]
         chosen = options.precision if options.scheme or options.precision in precisions else None
-        case = Case(config, chosen or precisions[0], options.context, options.stock, options.rope == "worker")
+        kept = PROJECTIONS if options.projections == "trusted" else ()
+        shielded = options.rope == "worker"
+        case = Case(config, chosen or precisions[0], options.context, options.stock, shielded, kept=kept)
         schemes[scheme] = _scheme(cost(scheme, case), case, options)
     return {
         "model": config.name,

@@ -22,7 +22,10 @@ from wire.sheets import row_bytes
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked. `stock`: pads that the bank holds; `rope_on_worker`: kv-shield's faster form."""
+    """What is asked. `stock`: pads that the bank holds; `rope_on_worker`: kv-shield's faster form.
+
+    `kept`: linears whose products secure-infer computes in the trusted worker.
+    """
 
     config: ModelConfig
     precision: str  # float32 or int8
@@ -30,11 +33,7 @@ class Case:
     stock: int = 64
     rope_on_worker: bool = False
     kv: KvType = KvType.FLOAT32
-
-    @property
-    def specs(self) -> list[LinearSpec]:
-        """All linears of the model."""
-        return all_specs(self.config)
+    kept: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,25 +87,28 @@ def cost(scheme: str, case: Case) -> Cost:
 
 
 def _plain(case: Case) -> Cost:
-    work, memory = _products(case) | _attention(case), {"sampling": blocks([sampling_bytes(case.config.vocabulary)])}
-    return Cost(1, WORD, WORD * case.config.vocabulary, WORD, 0, {}, work, memory)
+    config = case.config
+    work, memory = _products(all_specs(config)) | _attention(case), blocks([sampling_bytes(config.vocabulary)])
+    return Cost(1, WORD, WORD * config.vocabulary, WORD, 0, {}, work, {"sampling": memory})
 
 
 def _split(case: Case) -> Cost:
-    return _linear_by_linear(case, _attention(case), _inside(case, "split"))
+    return _linear_by_linear(all_specs(case.config), _attention(case), _inside(case, "split"))
 
 
 def _tee_only(case: Case) -> Cost:
-    return Cost(0, 0, 0, 0, 0, _products(case) | _attention(case), {}, _inside(case, "tee-only"))
+    work = _products(all_specs(case.config)) | _attention(case)
+    return Cost(0, 0, 0, 0, 0, work, {}, _inside(case, "tee-only"))
 
 
 def _secure_infer(case: Case) -> Cost:
-    checks = sum(SUM_LIMBS * spec.n + CHECK_LIMBS * spec.k for spec in case.specs)
-    pads = Pads(sum(spec.k for spec in case.specs), sum(_products(case).values()), row_bytes(case.specs))
-    inside = _attention(case) | {"verification": checks}
-    config = case.config
+    config, specs = case.config, all_specs(case.config, case.kept)
+    kept = [spec for spec in all_specs(config) if spec.linear in case.kept]
+    checks = sum(SUM_LIMBS * spec.n + CHECK_LIMBS * spec.k for spec in specs)
+    pads = Pads(sum(spec.k for spec in specs), _products(specs)["linears"], row_bytes(specs))
+    inside = (_products(kept) if kept else {}) | _attention(case) | {"verification": checks}
     lookup = Lookup(WORD * config.vocabulary, WORD * config.hidden, row_bytes([lookup_spec(config)]))
-    return replace(_linear_by_linear(case, inside, _inside(case, "secure-infer")), pads=pads, lookup=lookup)
+    return replace(_linear_by_linear(specs, inside, _inside(case, "secure-infer")), pads=pads, lookup=lookup)
 
 
 def _kv_shield(case: Case) -> Cost:
@@ -114,7 +116,7 @@ def _kv_shield(case: Case) -> Cost:
     config, crosses = case.config, case.config.rope is not None and not case.rope_on_worker
     row = WORD * config.layers * (config.q_width + crosses * (config.q_width + config.kv_width))
     exchanges, down = (1 + crosses) * config.layers + 1, row + WORD * config.vocabulary
-    work, memory = _products(case) | _attention(case), _permuter(config, crosses)
+    work, memory = _products(all_specs(config)) | _attention(case), _permuter(config, crosses)
     permuted = (one for one in parameters(config).values() if one.name.linear is Linear.QKV)
     start = WORD * sum(one.rows * one.width for one in permuted)
     return Cost(exchanges, WORD + row, down, WORD + row, row, {}, work, memory, start_up=start)
@@ -129,15 +131,15 @@ SCHEMES: dict[str, tuple[tuple[str, ...], Callable[[Case], Cost]]] = {  # precis
 }
 
 
-def _linear_by_linear(case: Case, inside: Parts, memory: Parts) -> Cost:
-    up, down = (WORD * sum(sizes) for sizes in zip(*((spec.k, spec.n) for spec in case.specs), strict=True))
-    head = case.specs[-1]
-    prompt = up - WORD * head.k, down - WORD * head.n
-    return Cost(len(case.specs), up, down, *prompt, inside, _products(case), memory)
+def _linear_by_linear(specs: list[LinearSpec], inside: Parts, memory: Parts) -> Cost:
+    """An exchange for each of these linears, the head last."""
+    up, down = (WORD * sum(sizes) for sizes in zip(*((spec.k, spec.n) for spec in specs), strict=True))
+    prompt = up - WORD * specs[-1].k, down - WORD * specs[-1].n
+    return Cost(len(specs), up, down, *prompt, inside, _products(specs), memory)
 
 
-def _products(case: Case) -> Parts:
-    return {"linears": sum(spec.k * spec.n for spec in case.specs)}
+def _products(specs: list[LinearSpec]) -> Parts:
+    return {"linears": sum(spec.k * spec.n for spec in specs)}
 
 
 def _attention(case: Case) -> Parts:
@@ -147,7 +149,8 @@ def _attention(case: Case) -> Parts:
 
 def _inside(case: Case, scheme: str) -> Parts:
     """The arena of the smallest budget, part by part."""
-    demand = Demand(case.config, scheme, case.precision, case.kv, case.stock)
+    kept = case.kept if scheme == "secure-infer" else ()
+    demand = Demand(case.config, scheme, case.precision, case.kv, case.stock, kept=kept)
     budget = smallest(demand)
     parts = plan(demand, budget).parts
     return parts | {"unused": budget - sum(parts.values())}

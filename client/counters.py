@@ -50,6 +50,9 @@ class Counters:
     adapters: int
     adapter_bytes: int
     adapter_capacity: int
+    projections: str
+    projections_outside_seconds: float
+    projections_inside_seconds: float
 
     @classmethod
     def of(cls, message: pb.StatsResponse) -> Self:

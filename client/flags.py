@@ -84,6 +84,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     add("--scheme", choices=SCHEMES, help="default: all")
     add("--precision", choices=("float32", "int8"), help="default: int8 where a scheme has both")
     add("--rope", choices=("trusted", "worker"), default="trusted", help="of kv-shield; default: %(default)s")
+    add("--projections", choices=("trusted", "gpu"), default="gpu", help="of secure-infer; default: %(default)s")
     add("--stock", type=integer(1, 1 << 31), default=64, metavar="N", help="pads in the bank; default: %(default)s")
     add("--rtt-us", type=number(0, 1e9), metavar="T", help="round trip to the GPU worker, microseconds")
     add("--bandwidth", type=bandwidth, metavar="RATE", help="of that link, per second: 10Gbit, 500MB, 1GiB")
@@ -129,6 +130,7 @@ def _add_memory(add: Callable[..., argparse.Action]) -> None:
         ),
         ("--process-memory", None, "SIZE", "most memory of the whole process; 0: no limit; default: what it needs"),
         ("--kv-dtype", None, "T", "elements of KV caches: float32, float16, int8; default: float32"),
+        ("--projections", None, "WHERE", "of secure-infer, qkv and o: gpu, trusted, or auto: measure; default: gpu"),
         ("--embed", None, "WHO", "client: embeddings of the tokens come from here; default: auto"),
         ("--switch-us", None, "N", "charge N microseconds for each exchange, as a world switch; default: 0"),
     ):

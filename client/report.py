@@ -119,6 +119,7 @@ def table(counters: Counters) -> str:
         "pads in stock": f"{counters.pads_in_stock:,} of {counters.pads_capacity:,}",
         "products verified / rejected": f"{counters.products_verified:,} / {counters.products_failed}",
         "products computed inside": f"{counters.products_inside:,}",
+        **_projection_rows(counters),
         "permutations renewed": f"{counters.permutations_renewed:,}",
         **_memory_rows(counters),
         "sessions / tokens": f"{counters.sessions} / {counters.tokens:,}",
@@ -126,6 +127,16 @@ def table(counters: Counters) -> str:
     if counters.switch_us:
         rows["charged for each exchange"] = f"{counters.switch_us} us, as a world switch"
     return "\n".join(f"  {name:<30} {value}" for name, value in rows.items())
+
+
+def _projection_rows(counters: Counters) -> dict[str, str]:
+    """Where qkv and o are multiplied, if there is a choice, and what it was decided from, if that was measured."""
+    if not counters.projections:
+        return {}
+    where = "in the trusted worker" if counters.projections == "trusted" else "on the GPU worker"
+    outside, inside = 1e6 * counters.projections_outside_seconds, 1e6 * counters.projections_inside_seconds
+    costs = f"; a layer's take {outside:,.0f} us there and {inside:,.0f} us inside" if outside else ""
+    return {"qkv and o are multiplied": where + costs}
 
 
 def _memory_rows(counters: Counters) -> dict[str, str]:

@@ -4,7 +4,7 @@ import logging
 import secrets
 import tempfile
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from trusted_worker.adapters import Adapters
@@ -15,8 +15,9 @@ from trusted_worker.opener import Opener
 from trusted_worker.pad_bank import Bank
 from trusted_worker.pads import Pads, PadSource, Refill
 from trusted_worker.parked_tiles import DigestedTiles, TileStore
+from trusted_worker.placement import Placement, decide
 from trusted_worker.schemes import kv_shield
-from trusted_worker.schemes.base import InsideDecoder, Scheme, Worker
+from trusted_worker.schemes.base import InsideDecoder, Scheme
 from trusted_worker.schemes.kv_shield import KvShield
 from trusted_worker.schemes.plain import Plain
 from trusted_worker.schemes.secure_infer import Prefill, SecureInfer
@@ -33,7 +34,7 @@ from wire.layout import Demand
 from wire.linears import all_specs, lookup_spec
 from wire.measured import MeasuredCheckpoint
 from wire.model_config import ModelConfig
-from wire.plan import MAX_ROWS, Plan, plan
+from wire.plan import MAX_ROWS, plan
 from wire.scratch import sampling_bytes
 from wire.sheets import row_bytes
 
@@ -51,10 +52,14 @@ class Assembled:
     adapters: Adapters
     embedding: str = ""  # where embeddings come from: see StatsResponse
     weights_resident: bool = False
+    placement: Placement = field(default_factory=Placement)
 
 
 def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
-    """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError."""
+    """Raises ExhaustedError when the budget is too small, CheckpointError, PreconditionError.
+
+    With --projections auto also what an exchange raises.
+    """
     try:
         tempfile.TemporaryFile(dir=settings.spill_dir).close()
     except OSError as error:
@@ -76,13 +81,14 @@ def assemble(settings: Settings, config: ModelConfig, memory: SecureMemory, work
     return _inside(settings, config, memory, worker)
 
 
-def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: Worker) -> Assembled:
+def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:
     """The schemes whose decoder runs here, as wire.plan divides the budget."""
     int8, boot_key = settings.precision == "int8", secrets.token_bytes(32)
-    stock = settings.pad_bank // row_bytes([*all_specs(config), lookup_spec(config)])
-    client_embeds = settings.embed == "client"
-    kv_type, set_aside = _kv_type(settings), settings.adapter_memory
-    demand = Demand(config, settings.scheme, settings.precision, kv_type, stock, client_embeds, set_aside)
+    kv_type, client_embeds, set_aside = _kv_type(settings), settings.embed == "client", settings.adapter_memory
+    demand = Demand(config, settings.scheme, settings.precision, kv_type, 0, client_embeds, set_aside)
+    placement = decide(settings.projections, demand, memory, worker)
+    stock = settings.pad_bank // row_bytes([*all_specs(config, placement.kept), lookup_spec(config)])
+    demand = replace(demand, stock=stock, kept=placement.kept)
     division = plan(demand, memory.budget)
     log.info("memory plan: %s", division.parts)
     checkpoint, opener, store = _checkpoint(settings, config), Opener(), PageStore(boot_key, settings.spill_dir)
@@ -93,16 +99,17 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     )
     weights = Weights(checkpoint, config, memory, int8, division.layout, tiles, opener)
     scratch, head_rows = Scratch(memory, division.scratch), division.head_rows
-    pads = None
-    if demand.masks:
-        pads = _pads(settings, boot_key, checkpoint.model_digest, weights, division, Scratch(memory, division.refill))
-        table = config.vocabulary if demand.looks_up(division.layout) else 0
-        verifier = Verifier(memory, weights.specs, table)
     pages = PagePool(memory, config, demand.kv, division.slots, store, opener)
     built: InsideDecoder
-    if pads is not None:
+    if demand.masks:
+        specs, looks_up = demand.padded(division.layout), demand.looks_up(division.layout)
+        source = PadSource(boot_key, checkpoint.model_digest)
+        bank = Bank(boot_key, specs, settings.pad_bank, settings.spill_dir)
+        making = Scratch(memory, division.refill)
+        pads = Pads(source, bank, Refill(source, bank, weights, specs, making, division.refill_rows))
+        verifier = Verifier(memory, all_specs(config, demand.kept), config.vocabulary if looks_up else 0)
         prefill = cast(Prefill, settings.prefill)
-        built = SecureInfer(weights, pages, scratch, head_rows, worker, pads, verifier, prefill)
+        built = SecureInfer(weights, pages, scratch, head_rows, worker, pads, verifier, prefill, demand.kept)
     elif demand.inside:
         built = TeeOnly(weights, pages, scratch, head_rows)
     else:
@@ -114,16 +121,7 @@ def _inside(settings: Settings, config: ModelConfig, memory: SecureMemory, worke
     if settings.insecure_clear_adapter:
         log.warning("%d adapters lie on this disk in the clear", len(settings.insecure_clear_adapter))
     resident = division.layout.linears == "resident"
-    return Assembled(built, scratch, division.rows, checkpoint.model_digest, adapters, embedding, resident)
-
-
-def _pads(
-    settings: Settings, boot_key: bytes, model_digest: bytes, weights: Weights, division: Plan, scratch: Scratch
-) -> Pads:
-    specs = weights.specs + ([lookup_spec(weights.config)] if weights.layout.embed == "scan" else [])
-    source = PadSource(boot_key, model_digest)
-    bank = Bank(boot_key, specs, settings.pad_bank, settings.spill_dir)
-    return Pads(source, bank, Refill(source, bank, weights, specs, scratch, division.refill_rows))
+    return Assembled(built, scratch, division.rows, checkpoint.model_digest, adapters, embedding, resident, placement)
 
 
 def _kv_shield(settings: Settings, config: ModelConfig, memory: SecureMemory, worker: GpuWorker) -> Assembled:

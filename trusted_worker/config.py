@@ -16,6 +16,7 @@ PRECISIONS = ("float32", "int8")
 PREFILL = ("auto", "inside", "worker")
 KV_TYPES = ("float32", "float16", "int8")
 EMBED = ("auto", "client")
+PROJECTIONS = ("gpu", "trusted", "auto")
 DATA_PLANES = ("grpc", "stream")
 EVIDENCE = ("none", "tsm")
 TSM_DIR = Path("/sys/kernel/config/tsm/report")
@@ -44,6 +45,7 @@ class Settings:
     switch_us: int  # charged as one world switch for each exchange with the GPU worker
     prefill: str
     embed: str
+    projections: str
     rope: str
     kv_dtype: str
     rotate_every: int
@@ -146,6 +148,8 @@ def _check(parser: argparse.ArgumentParser, given: dict[str, Any]) -> None:
         parser.error("kv-shield computes in float32: leave --precision out; --kv-dtype makes its cache smaller")
     if scheme != "kv-shield" and (given["rope"] != "trusted" or given["rotate_every"] or given["seal_idle"]):
         parser.error("--rope, --rotate-every and --seal-idle belong to --scheme kv-shield")
+    if scheme != "secure-infer" and given["projections"] != "gpu":
+        parser.error("--projections belongs to --scheme secure-infer")
     if scheme not in ("kv-shield", "tee-only") and given["model_key_file"]:
         parser.error("a sealed model can only be served by --scheme kv-shield or tee-only")
     if given["switch_us"] > MOST_SWITCH_US:
@@ -180,6 +184,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help="default: int8; float32 for kv-shield")
     add("--model-key-file", type=Path, metavar="FILE", help="key of a model that `seal-model` sealed")
     add("--prefill", choices=PREFILL, default="auto", help="where prompt rows of secure-infer are multiplied")
+    add("--projections", choices=PROJECTIONS, default="gpu", help="where secure-infer has qkv and o; auto: measured")
     add("--embed", choices=EMBED, default="auto", help="client: it sends the embeddings of its tokens itself")
     add("--kv-dtype", choices=KV_TYPES, default="float32", help="elements of KV caches (default: float32)")
     add("--max-context", type=count, default=0, help="most tokens of one session (default: the model's)")

@@ -126,6 +126,10 @@ class Scratch:
         self._high = 0
         self._known: dict[tuple[Any, ...], npt.NDArray[Any]] = {}  # steps ask for the same again and again
 
+    def free(self) -> None:
+        """Wipe it and give it back."""
+        self._block.free()
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An uninitialised array that lives until the enclosing frame ends. Raises BudgetExceeded."""
         array = self._known.get((self._top, shape, dtype))

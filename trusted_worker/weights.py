@@ -64,9 +64,8 @@ class Weights:
         squares = {name: self._load(self._parameters[name], place) for name, place in layout.places(config).items()}
         names = {spec: weight_name(config, spec) for spec in self.specs}
         self._bounds = {spec: Bound(spec.k, squares[name]) for spec, name in names.items() if name in squares}
-        self.bias = {
-            spec: self.vectors.get(Name(Kind.LINEAR, spec.layer, spec.linear, bias=True)) for spec in self.specs
-        }
+        biases = {spec: Name(Kind.LINEAR, spec.layer, spec.linear, bias=True) for spec in self.specs}
+        self.bias = {spec: self.vectors.get(name) for spec, name in biases.items()}
 
     @property
     def parked_bytes(self) -> int:

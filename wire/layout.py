@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wire.kv_pages import KvType, page_words
-from wire.linears import LinearSpec, all_specs
+from wire.linears import Linear, LinearSpec, all_specs, lookup_spec
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, weight_name
 
@@ -20,11 +20,18 @@ class Layout:
     embed: str  # resident, scan, read (from the checkpoint, seen by whoever watches the disk) or client
     table: str  # the place of the embedding table
     linears: str  # the place of all other linears
+    kept: tuple[Linear, ...] = ()  # but for these: they are resident
+
+    def place(self, config: ModelConfig, of: LinearSpec) -> str:
+        """The place of one linear. A tied model's head is its embedding table."""
+        if of.linear is Linear.LM_HEAD and config.tied:
+            return self.table
+        return "resident" if of.linear in self.kept else self.linears
 
     def places(self, config: ModelConfig) -> dict[Name, str]:
-        """The place of every matrix that is read at all. A tied model's head is its embedding table."""
+        """The place of every matrix that is read at all."""
         found = {Name(Kind.EMBEDDING): self.table}
-        found |= {weight_name(config, spec): self.linears for spec in untied(config)}
+        found |= {weight_name(config, spec): self.place(config, spec) for spec in all_specs(config)}
         return {name: place for name, place in found.items() if place != "absent"}
 
 
@@ -39,6 +46,7 @@ class Demand:
     stock: int = 256  # pads that the bank holds
     client_embeds: bool = False
     adapters: int = 0  # bytes that are set aside for LoRA adapters
+    kept: tuple[Linear, ...] = ()  # linears whose products are always computed in the trusted worker
 
     @property
     def int8(self) -> bool:
@@ -69,16 +77,15 @@ class Demand:
         """Whether embeddings come by the masked lookup."""
         return self.masks and layout.embed == "scan"
 
+    def padded(self, layout: Layout) -> list[LinearSpec]:
+        """Products that have a part in each pad, and are verified: the linears that go out, and the lookup."""
+        lookup = [lookup_spec(self.config)] if self.looks_up(layout) else []
+        return all_specs(self.config, self.kept) + lookup if self.masks else []
+
 
 def tile_rows(width: int) -> int:
     """Rows of one tile of a matrix: a multiple of 4, so that a tile of the table begins on a block of AES."""
     return max(4, TILE_ELEMENTS // width // 4 * 4)
-
-
-def untied(config: ModelConfig) -> list[LinearSpec]:
-    """Linears that are not the embedding table."""
-    specs = all_specs(config)
-    return specs[:-1] if config.tied else specs
 
 
 def blocks(sizes: Iterable[int]) -> int:

@@ -27,6 +27,7 @@ class Linear(IntEnum):
 
 LOOKUP_LAYER = 0xFFFF  # of the masked embedding lookup, which is the head turned around; no model has as many layers
 BLOCK = (Linear.QKV, Linear.O, Linear.GATE_UP, Linear.DOWN)  # of one layer, in the order of a forward pass
+PROJECTIONS = (Linear.QKV, Linear.O)  # those of attention
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def spec(config: ModelConfig, layer: int, linear: Linear) -> LinearSpec:
     return LinearSpec(layer, linear, k, n)
 
 
-def all_specs(config: ModelConfig) -> list[LinearSpec]:
-    """Every linear of the model in the order of a forward pass."""
-    specs = [spec(config, layer, linear) for layer in range(config.layers) for linear in BLOCK]
-    return [*specs, spec(config, 0, Linear.LM_HEAD)]
+def all_specs(config: ModelConfig, without: tuple[Linear, ...] = ()) -> list[LinearSpec]:
+    """Every linear of the model in the order of a forward pass, but for some kinds."""
+    blocks = [spec(config, layer, linear) for layer in range(config.layers) for linear in BLOCK]
+    return [one for one in [*blocks, spec(config, 0, Linear.LM_HEAD)] if one.linear not in without]
 
 
 def kinds(config: ModelConfig) -> list[LinearSpec]:

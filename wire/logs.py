@@ -35,6 +35,8 @@ ALLOWED = frozenset(
         "memory plan: %s",
         "model digest: %s",
         "process memory: %s, %d bytes",
+        "projections: %s; a layer takes %d us outside, %d us inside",
+        "projections: gpu; the budget holds too little beside their weights",
         "ready on %s",
         "secure memory: %d bytes, %s",
         "step failed: %s",

@@ -4,18 +4,18 @@ The trusted worker allocates what `plan` says, and `cleave budget` prints it: on
 for the schemes whose decoder runs inside: tee-only, split, secure-infer.
 
 First what is set aside for LoRA adapters. Then what cannot be parked: gains and biases, scales, the state of
-verification. Then, when they fit, all linears (half of the rest at most) and the embedding table (a quarter). Of what
-remains, a part each for the scratch of a step and
-for making pads; and all the rest is pages of KV caches. A budget that holds one row of a step, one pad in the making
-and one page for every layer of one session is enough: everything else is speed.
+verification, and the weights of linears that are kept in the trusted worker. Then, when they fit, all linears (half of
+the rest at most) and the embedding table (a quarter). Of what remains, a part each for the scratch of a step and for
+making pads; and all the rest is pages of KV caches. A budget that holds one row of a step, one pad in the making and
+one page for every layer of one session is enough: everything else is speed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wire.errors import ExhaustedError
-from wire.layout import ALIGNMENT, WORD, Demand, Layout, blocks, untied
-from wire.linears import all_specs
+from wire.layout import ALIGNMENT, WORD, Demand, Layout, blocks
+from wire.linears import Linear, all_specs
 from wire.parameters import Kind, parameters
 from wire.scratch import CHECK_LIMBS, SUM_BLOCK, SUM_LIMBS, refill_bytes, step_bytes
 
@@ -49,28 +49,29 @@ def plan(demand: Demand, budget: int) -> Plan:
                 found = _divided(demand, layout, fixed, rows, made, budget)
                 if found is not None:
                     return found
+    how = f"{demand.scheme} with --projections trusted" if demand.kept else demand.scheme
     raise ExhaustedError(
-        f"a memory budget of {budget} bytes does not hold this model under {demand.scheme}: "
+        f"a memory budget of {budget} bytes does not hold this model under {how}: "
         f"--memory-budget {smallest(demand)} would do"
     )
 
 
 def smallest(demand: Demand) -> int:
     """Bytes of the smallest budget that `plan` accepts."""
-    return min(max(least, sum(_least(demand, layout).values())) for layout, least in _layouts(demand))
+    return min(max(least, _least(demand, layout)) for layout, least in _layouts(demand))
 
 
-def _least(demand: Demand, layout: Layout) -> Parts:
-    """One row of a step, one pad in the making, one session."""
-    scratch, refill = blocks([step_bytes(demand, layout, 1, 1)]), _refill(demand, layout, 1)
-    session = blocks([demand.config.layers * demand.page])
-    return _fixed(demand, layout) | {"scratch": scratch, "refill": refill, "kv cache": session}
+def _least(demand: Demand, layout: Layout) -> int:
+    """Bytes of one row of a step, one pad in the making, one session."""
+    step, pad = blocks([step_bytes(demand, layout, 1, 1)]), _refill(demand, layout, 1)
+    return sum(_fixed(demand, layout).values()) + step + pad + blocks([demand.config.layers * demand.page])
 
 
 def _layouts(demand: Demand) -> Iterator[tuple[Layout, int]]:
     """From the fastest to the smallest, each with the least budget that it is for."""
     config, inside = demand.config, demand.inside
-    linears = demand.width * sum(spec.k * spec.n for spec in untied(config))
+    untied = all_specs(config, (Linear.LM_HEAD,) if config.tied else ())  # not the embedding table
+    linears = demand.width * sum(spec.k * spec.n for spec in untied)
     table = demand.width * config.vocabulary * config.hidden
     for keep_table, keep_linears in ((True, True), (True, False), (False, False)):
         place = ("resident" if keep_linears else "parked") if inside else ("scales" if demand.int8 else "absent")
@@ -83,7 +84,7 @@ def _layouts(demand: Demand) -> Iterator[tuple[Layout, int]]:
         else:
             where = "scales" if head else "absent"
         least = max(4 * table if where == "resident" else 0, 2 * linears if place == "resident" else 0)
-        yield Layout(embed, where, place), least + _set_aside(demand)
+        yield Layout(embed, where, place, demand.kept), least + _set_aside(demand)
 
 
 def _divided(demand: Demand, layout: Layout, fixed: Parts, rows: int, made: int, budget: int) -> Plan | None:
@@ -119,14 +120,13 @@ def _refill(demand: Demand, layout: Layout, made: int) -> int:
 
 
 def _fixed(demand: Demand, layout: Layout) -> Parts:
-    config, kept, specs = demand.config, parameters(demand.config), all_specs(demand.config)
+    config, kept, padded = demand.config, parameters(demand.config), demand.padded(layout)
     places = layout.places(config)
     resident = {
         name: demand.width * kept[name].rows * kept[name].width for name in places if places[name] == "resident"
     }
-    checks = [2 * CHECK_LIMBS * spec.k for spec in specs]
-    checks += [SUM_LIMBS * min(SUM_BLOCK, max(spec.n for spec in specs))]
-    checks += [2 * CHECK_LIMBS * config.vocabulary] if demand.looks_up(layout) else []
+    checks = [2 * CHECK_LIMBS * spec.k for spec in padded]
+    checks += [SUM_LIMBS * min(SUM_BLOCK, max(spec.n for spec in padded))] if padded else []
     return {
         "adapters": _set_aside(demand),
         "embedding": blocks(size for name, size in resident.items() if name.kind is Kind.EMBEDDING),
@@ -134,5 +134,5 @@ def _fixed(demand: Demand, layout: Layout) -> Parts:
         "norms and biases": blocks(WORD * one.rows for one in kept.values() if one.width == 1),
         "scales": blocks(WORD * kept[name].rows for name in places) if demand.int8 else 0,
         "weights": blocks(size for name, size in resident.items() if name.kind is not Kind.EMBEDDING),
-        "verification": blocks(checks) if demand.masks else 0,
+        "verification": blocks(checks),
     }

@@ -127,8 +127,8 @@ def _product(demand: Demand, layout: Layout, of: LinearSpec, m: int) -> int:
 
 def _tiles(demand: Demand, layout: Layout, of: LinearSpec) -> int:
     """Two tiles of a linear, if it is parked."""
-    place = layout.table if of.linear is Linear.LM_HEAD and demand.config.tied else layout.linears
-    return 2 * demand.width * min(tile_rows(of.k), of.n) * of.k if place == "parked" else 0
+    parked = layout.place(demand.config, of) == "parked"
+    return 2 * demand.width * min(tile_rows(of.k), of.n) * of.k if parked else 0
 
 
 def _table_tiles(demand: Demand) -> int:

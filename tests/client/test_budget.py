@@ -83,6 +83,18 @@ def test_one_scheme_one_precision(capsys: Output) -> None:
     assert {every[scheme]["precision"] for scheme in every if scheme != "secure-infer"} == {"float32"}
 
 
+def test_projections_inside_save_exchanges_and_pads_and_cost_memory(capsys: Output) -> None:
+    gpu, trusted = (
+        budget(capsys, "shape:llama2-7b", "--projections", where)["schemes"] for where in ("gpu", "trusted")
+    )
+    before, after = gpu.pop("secure-infer"), trusted.pop("secure-infer")
+    assert gpu == trusted  # other schemes have no choice
+    assert (before["exchanges"], after["exchanges"]) == (4 * 32 + 1, 2 * 32 + 1)
+    assert after["macs_trusted"]["linears"] == 32 * 4 * 4096**2
+    assert before["pad"]["macs"] - after["pad"]["macs"] == 32 * 4 * 4096**2
+    assert after["memory_parts"]["weights"] == 32 * 4 * 4096**2
+
+
 def test_rope_on_the_worker_saves_exchanges(capsys: Output) -> None:
     counts = [
         budget(capsys, "shape:llama2-7b", "--rope", where)["schemes"]["kv-shield"]["exchanges"]

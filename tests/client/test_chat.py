@@ -79,6 +79,24 @@ def test_stats_are_loud_about_what_is_not_done(
     assert "charged" not in shown
 
 
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"projections": "gpu"}, "on the GPU worker"),
+        (
+            {"projections": "trusted", "projections_outside_seconds": 2e-3, "projections_inside_seconds": 5e-4},
+            "in the trusted worker; a layer's take 2,000 us there and 500 us inside",
+        ),
+    ],
+)
+def test_stats_say_where_projections_are_multiplied(
+    serve: Serve, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], line: str
+) -> None:
+    shown = stats(serve, folder, capsys, monkeypatch, **fields).splitlines()
+    assert [one.split("multiplied")[1].strip() for one in shown if "qkv and o" in one] == [line]
+    assert "qkv and o" not in stats(serve, folder, capsys, monkeypatch)
+
+
 def test_quit_leaves(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = serve(Script())
     converse(worker, folder, "/quit\nhi\n", monkeypatch)

@@ -25,7 +25,7 @@ from wire import sheets
 from wire.errors import ContextError, ExhaustedError, InvalidArgumentError
 from wire.kv_pages import KvType, token_bytes
 from wire.layout import ALIGNMENT, Demand
-from wire.linears import all_specs, lookup_spec
+from wire.linears import PROJECTIONS, Linear, all_specs, lookup_spec
 from wire.model_config import ModelConfig
 from wire.parameters import parameters
 from wire.plan import plan
@@ -34,7 +34,12 @@ from wire.v1 import trusted_worker_pb2 as pb
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
 COMBINATIONS = [(scheme, precision) for scheme, (precisions, _) in SCHEMES.items() for precision in precisions]
-RUNS = [*((*combination, ()) for combination in COMBINATIONS), ("kv-shield", "float32", ("--rope", "worker"))]
+TRUSTED = ("--projections", "trusted")
+RUNS = [
+    *((*combination, ()) for combination in COMBINATIONS),
+    ("kv-shield", "float32", ("--rope", "worker")),
+    ("secure-infer", "int8", TRUSTED),
+]
 PUBLISHED = {  # parameters
     "llama2-7b": 6_738_415_616,
     "llama3.1-8b": 8_030_261_248,
@@ -94,6 +99,22 @@ def test_a_tiny_model_counted_by_hand() -> None:
     assert (inside.exchanges, inside.bytes_up, inside.bytes_down) == (0, 0, 0)
     assert plain.macs_worker == inside.macs_trusted == {"linears": 1408, "attention": 320}
     assert plain.macs_trusted == inside.macs_worker == {}
+
+
+def test_a_tiny_model_with_its_projections_inside_counted_by_hand() -> None:
+    """Of the 88 inputs 32 are those of qkv and o, of the 160 outputs 48, of the 1408 weights 384."""
+    found = tiny("secure-infer", kept=PROJECTIONS)
+    assert (found.exchanges, found.bytes_up, found.bytes_down) == (5, 4 * 56, 4 * 112)
+    assert (found.prompt_up, found.prompt_down) == (4 * 48, 4 * 80)
+    assert found.macs_worker == {"linears": 1024}
+    assert found.macs_trusted == {"linears": 384, "attention": 320, "verification": 4 * 112 + 3 * 56}
+    assert found.pads is not None
+    assert (found.pads.words, found.pads.macs, found.pads.sealed_bytes) == (56, 1024, 4 * 112 + 3 * 16)
+    assert found.lookup == tiny("secure-infer").lookup
+    assert found.memory["weights"] == 384
+    assert found.memory["verification"] == tiny("secure-infer").memory["verification"] - 4 * 64
+    for scheme in ("split", "tee-only"):
+        assert tiny(scheme, kept=PROJECTIONS) == tiny(scheme)
 
 
 def test_a_tiny_kv_shield_counted_by_hand() -> None:
@@ -163,15 +184,16 @@ def test_pads_are_those_of_the_trusted_worker(name: str) -> None:
     assert lookup.sealed_bytes == sheets.row_bytes([lookup_spec(shape(name))])
 
 
-def serve(folder: Path, scheme: str, precision: str, budget: int, context: int, stock: int) -> pb.StatsResponse:
-    """Counters after one session of `context` tokens was opened; raises what loading or opening raises."""
-    bank = stock * sheets.row_bytes(all_specs(ModelConfig.from_hf(folder)))
-    flags = ["--model", str(folder), "--scheme", scheme, "--precision", precision, "--threads", "1"]
+def serve(folder: Path, case: Case, scheme: str, budget: int) -> pb.StatsResponse:
+    """Counters after one session of the case's context was opened; raises what loading or opening raises."""
+    bank = case.stock * sheets.row_bytes(all_specs(case.config))
+    flags = ["--model", str(folder), "--scheme", scheme, "--precision", case.precision, "--threads", "1"]
+    flags += TRUSTED if case.kept else ()
     service = Service(parse([*flags, "--memory-budget", str(budget), "--pad-bank", str(bank)]), ProcessLimit())
     service.engine.start()
     try:
         service.engine.loaded.result(timeout=60)
-        request = pb.OpenRequest(model=folder.name, scheme=scheme, max_context=context)
+        request = pb.OpenRequest(model=folder.name, scheme=scheme, max_context=case.context)
         request.precision = service.stats().precision
         service.engine.submit(lambda: service.open(request, b"")).result(timeout=60)
         return service.stats()
@@ -181,26 +203,36 @@ def serve(folder: Path, scheme: str, precision: str, budget: int, context: int, 
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-bf16-tied-sharded", "qwen3", "gpt2", "chatglm3"])
-@pytest.mark.parametrize(("scheme", "precision"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("scheme", "precision", "kept"),
+    [*((*combination, ()) for combination in COMBINATIONS), ("secure-infer", "int8", PROJECTIONS)],
+)
 def test_the_smallest_budget_is_enough_and_less_is_not(
-    model_folder: Callable[[str], Path], name: str, scheme: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    model_folder: Callable[[str], Path],
+    name: str,
+    scheme: str,
+    precision: str,
+    kept: tuple[Linear, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Block by block: a session opens in just this arena and fills it; one block less holds none."""
     monkeypatch.setattr(GpuWorker, "connect", lambda self, patient=False: None)
     monkeypatch.setattr(GpuWorker, "call", lambda self, operation, array, into: None)
     folder = model_folder(name)
-    found = cost(scheme, Case(ModelConfig.from_hf(folder), precision, 200, 24))
+    case = Case(ModelConfig.from_hf(folder), precision, 200, 24, kept=kept)
+    found = cost(scheme, case)
     budget = sum(found.memory.values())
-    counters = serve(folder, scheme, precision, budget, 200, 24)
+    counters = serve(folder, case, scheme, budget)
     assert counters.memory_used == counters.memory_peak == budget - found.memory.get("unused", 0)
     with pytest.raises(ExhaustedError):
-        serve(folder, scheme, precision, budget - ALIGNMENT, 200, 24)
+        serve(folder, case, scheme, budget - ALIGNMENT)
 
 
 @pytest.mark.parametrize(("scheme", "precision", "more"), RUNS)
 def test_a_real_run_counts_the_same(scheme: str, precision: str, more: tuple[str, ...]) -> None:
     """Two processes; 4 prompt rows and 6 answers. Envelopes are at most 64 bytes a frame."""
-    found = cost(scheme, Case(ModelConfig.from_hf(DEMO), precision, 1024, 24, bool(more)))
+    kept = PROJECTIONS if more == TRUSTED else ()
+    found = cost(scheme, Case(ModelConfig.from_hf(DEMO), precision, 1024, 24, "worker" in more, kept=kept))
     start, before, after = run(scheme, precision, "48MiB", found, more)
     exchanges = after.exchanges - before.exchanges
     assert exchanges == 6 * found.exchanges
@@ -211,6 +243,7 @@ def test_a_real_run_counts_the_same(scheme: str, precision: str, more: tuple[str
     assert found.start_up <= start.wire_bytes_up <= found.start_up + 64 * start.exchanges
     assert after.pads_issued - before.pads_issued == (9 if found.pads else 0)
     assert after.memory_peak <= 48 << 20
+    assert after.projections == ("" if scheme != "secure-infer" else "trusted" if kept else "gpu")
 
 
 def test_a_real_run_in_the_smallest_budget_looks_its_embeddings_up() -> None:

@@ -7,14 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import MODELS, build, forward, greedy_reference, transformers_logits
+from tests.conftest import MODELS, Rig, build, forward, greedy_reference, transformers_logits
 from trusted_worker import arithmetic
 from trusted_worker.model import Batch, Run
 from wire.linears import LinearSpec
 
 FLOAT32 = ("plain", "tee-only", "split", "kv-shield")
-INT8 = ("tee-only", "split", "secure-infer")
+INT8 = {
+    "tee-only": (),
+    "split": (),
+    "secure-infer": (),
+    "secure-infer --projections trusted": ("--projections", "trusted"),
+    "secure-infer --projections auto": ("--projections", "auto"),
+}
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(0, 300, 40)]
+
+
+def int8(folder: Path, way: str, **more: Any) -> Rig:
+    """A rig of one of INT8."""
+    return build(folder, way.partition(" ")[0], flags=INT8[way], **more)
 
 
 @pytest.fixture(params=MODELS)
@@ -36,21 +47,21 @@ def test_float32_greedy_tokens_are_those_of_transformers(folder: Path, scheme: s
 
 def test_secure_infer_equals_split_and_tee_only_bit_for_bit_in_any_chunking(folder: Path) -> None:
     reference = build(folder, "split").logits(PROMPT)
-    for scheme in INT8:
+    for way in INT8:
         for chunks in ([40], [7, 1, 20, 12]):
-            assert np.array_equal(build(folder, scheme).logits(PROMPT, chunks), reference), (scheme, chunks)
+            assert np.array_equal(int8(folder, way).logits(PROMPT, chunks), reference), (way, chunks)
 
 
-@pytest.mark.parametrize("scheme", INT8)
-def test_int8_stays_close_to_float32(folder: Path, scheme: str) -> None:
-    reference, logits = transformers_logits(folder, PROMPT), build(folder, scheme).logits(PROMPT, [40])
+@pytest.mark.parametrize("way", INT8)
+def test_int8_stays_close_to_float32(folder: Path, way: str) -> None:
+    reference, logits = transformers_logits(folder, PROMPT), int8(folder, way).logits(PROMPT, [40])
     norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(reference, axis=1)
     assert ((logits * reference).sum(axis=1) / norms).min() >= 0.995
 
 
-@pytest.mark.parametrize("scheme", INT8)
-def test_rows_of_many_sessions_in_one_call_get_what_they_get_alone(folder: Path, scheme: str) -> None:
-    rig = build(folder, scheme, bank_rows=128)
+@pytest.mark.parametrize("way", INT8)
+def test_rows_of_many_sessions_in_one_call_get_what_they_get_alone(folder: Path, way: str) -> None:
+    rig = int8(folder, way, bank_rows=128)
     prompts = [PROMPT[:5], PROMPT[5:6], PROMPT[6:19], PROMPT[19:40]]
     caches = [rig.scheme.open(64) for _ in prompts]
     ids: list[int] = []

@@ -28,9 +28,6 @@ class _Local(HonestWorker):
 
     traffic = Traffic()
 
-    def connect(self, **_: Any) -> None:
-        """There is nobody to wait for."""
-
 
 def _service(words: list[str]) -> Any:
     return Service(parse(words), ProcessLimit())

@@ -56,6 +56,9 @@ class HonestWorker:
         do(meanwhile)
         fill(into, answer)
 
+    def connect(self, patient: bool = False) -> None:
+        """It is always there."""
+
     def close(self) -> None:
         """There is no stream."""
 

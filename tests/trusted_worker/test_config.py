@@ -37,6 +37,7 @@ def test_defaults() -> None:
     assert not settings.insecure_plaintext
     assert (settings.tee_profile, settings.process_memory) == ("", None)
     assert (settings.switch_us, settings.embed, settings.kv_dtype) == (0, "auto", "float32")
+    assert settings.projections == "gpu"
     assert not settings.insecure_unchecked_tiles
 
 
@@ -73,6 +74,7 @@ def test_every_scheme_has_every_type_of_cache(scheme: str, kind: str) -> None:
         ["--tee-profile", "sgx1", "--switch-us", "8", "--embed", "client", "--insecure-unchecked-tiles"],
         ["--tee-profile", "cvm", "--memory-budget", "2GiB", "--process-memory", "0"],
         ["--memory-budget", "14MiB", "--kv-dtype", "int8"],
+        ["--projections", "auto"],
         [],
     ],
 )
@@ -105,6 +107,9 @@ def test_the_whole_machine_multiplies_for_tee_only() -> None:
         ([*MODEL, "--scheme", "rot13"], "rot13"),
         ([*MODEL, "--precision", "int4"], "int4"),
         ([*MODEL, "--prefill", "never"], "never"),
+        ([*MODEL, "--projections", "somewhere"], "somewhere"),
+        ([*MODEL, "--scheme", "split", "--projections", "auto"], "--projections belongs to --scheme secure-infer"),
+        ([*MODEL, "--scheme", "tee-only", "--projections", "trusted"], "--projections belongs to"),
         ([*MODEL, "--memory-budget", "64MB"], "64MB"),
         ([*MODEL, "--pad-bank", "lots"], "lots"),
         ([*MODEL, "--max-context", "many"], "many"),

@@ -1,6 +1,7 @@
 """How a budget is divided: every division adds up, the smallest is the smallest, and more is never worse for long."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,10 +11,11 @@ from client.shapes import SHAPES, shape
 from wire.errors import ExhaustedError
 from wire.kv_pages import KvType
 from wire.layout import Demand
-from wire.linears import all_specs
+from wire.linears import PROJECTIONS, Linear, all_specs
 from wire.plan import HEAD_ROWS, MAX_ROWS, REFILL_ROWS, plan, smallest
-from wire.profiles import PROFILES
+from wire.profiles import MIB, PROFILES
 from wire.scratch import refill_bytes, step_bytes
+from wire.sheets import row_bytes
 
 CASES = settings(deadline=None, max_examples=40, derandomize=True)
 SCHEMES = [
@@ -24,8 +26,8 @@ SCHEMES = [
     ("secure-infer", "int8"),
 ]
 demands = st.builds(
-    lambda name, scheme, kv, stock, client, adapters: Demand(
-        shape(name), scheme[0], scheme[1], kv, stock, client, adapters
+    lambda name, scheme, kv, stock, client, adapters, kept: Demand(
+        shape(name), scheme[0], scheme[1], kv, stock, client, adapters, kept if scheme[0] == "secure-infer" else ()
     ),
     st.sampled_from(["gpt2", "qwen2.5-0.5b", "tinyllama-1.1b", "llama2-7b"]),
     st.sampled_from(SCHEMES),
@@ -33,6 +35,7 @@ demands = st.builds(
     st.sampled_from([0, 1, 5, 1000]),
     st.booleans(),
     st.sampled_from([0, 1, 1000, 1 << 26]),
+    st.sampled_from([(), PROJECTIONS]),
 )
 
 
@@ -73,7 +76,8 @@ def test_what_is_resident_is_all_that_a_step_multiplies_with(demand: Demand) -> 
     assert large.layout.embed == ("client" if demand.client_embeds else "resident")
     assert large.layout.linears == ("resident" if inside else "scales" if demand.int8 else "absent")
     small = plan(demand, smallest(demand))
-    assert small.parts["weights"] == small.parts["embedding"] == 0
+    kept = sum(spec.k * spec.n for spec in all_specs(demand.config) if spec.linear in demand.kept)
+    assert (small.parts["weights"], small.parts["embedding"]) == (kept, 0)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -104,3 +108,38 @@ def test_the_models_that_are_promised_fit_the_profiles_that_are_promised() -> No
         assert demand.looks_up(found.layout)
         assert plan(replace(demand, kv=KvType.INT8), PROFILES[profile].bytes).slots > 3 * found.slots
     assert plan(replace(demand, scheme="tee-only"), PROFILES["optee"].bytes).rows >= 8
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2.5-0.5b", "llama2-7b", "chatglm3-6b"])
+def test_kept_projections_cost_their_weights_and_save_their_checks(name: str) -> None:
+    gone = Demand(shape(name), "secure-infer", "int8")
+    kept = replace(gone, kept=PROJECTIONS)
+    specs = [spec for spec in all_specs(gone.config) if spec.linear in PROJECTIONS]
+    weights, checks = sum(spec.k * spec.n for spec in specs), 6 * sum(spec.k for spec in specs)
+    before, after = plan(gone, smallest(gone)), plan(kept, smallest(kept))
+    assert after.parts["weights"] - before.parts["weights"] == weights
+    assert before.parts["verification"] - after.parts["verification"] == checks  # whole blocks, at these widths
+    assert weights - 2 * checks < smallest(kept) - smallest(gone) <= weights
+    assert {spec.linear for spec in kept.padded(after.layout)} == set(Linear) - set(PROJECTIONS)
+    large = 8 * sum(spec.k * spec.n for spec in all_specs(gone.config))
+    assert plan(kept, large).parts["weights"] == plan(gone, large).parts["weights"]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "llama2-7b"])
+def test_the_table_of_docs_memory_is_true(name: str) -> None:
+    gone = Demand(shape(name), "secure-infer", "int8")
+    weights = sum(spec.k * spec.n for spec in all_specs(gone.config) if spec.linear in PROJECTIONS)
+    sizes = [smallest(gone), smallest(replace(gone, kept=PROJECTIONS))]
+    pads = [row_bytes(all_specs(gone.config, kept)) for kept in ((), PROJECTIONS)]
+    shown = [f"{weights / MIB:,.0f}"]
+    shown += [f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}" for size in sizes]
+    shown += [f"{size / MIB:.2f}" for size in pads]
+    text = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join([name, *shown])} |" in text
+
+
+def test_a_budget_that_is_too_small_for_what_is_kept_is_refused_with_what_would_do() -> None:
+    demand = Demand(shape("qwen2.5-0.5b"), "secure-infer", "int8", kept=PROJECTIONS)
+    text = f"secure-infer with --projections trusted: --memory-budget {smallest(demand)} would do"
+    with pytest.raises(ExhaustedError, match=text):
+        plan(demand, PROFILES["optee"].bytes)

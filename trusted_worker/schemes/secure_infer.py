@@ -38,10 +38,10 @@ from trusted_worker.pad_bank import Pad
 from trusted_worker.pads import Pads
 from trusted_worker.schemes.base import InsideDecoder, Worker, ring_matmul
 from trusted_worker.secure_memory import Scratch
-from trusted_worker.verification import I64, TABLE_LIMIT, Verifier
+from trusted_worker.verification import TABLE_LIMIT, Verifier
 from trusted_worker.weights import Weights
 from wire.errors import ParkedError, VerificationError
-from wire.linears import LinearSpec, lookup_spec
+from wire.linears import Linear, LinearSpec, all_specs, lookup_spec
 from wire.scratch import LOOKUP_BYTES
 from wire.v1 import gpu_worker_pb2 as pb
 
@@ -49,7 +49,7 @@ Prefill = Literal["auto", "inside", "worker"]
 
 
 class SecureInfer(InsideDecoder):
-    """The scheme. Rows with a pad go to the worker, the others are computed inside."""
+    """The scheme. Rows with a pad go to the worker, the others are computed inside, and so are `kept` linears."""
 
     def __init__(
         self,
@@ -61,10 +61,11 @@ class SecureInfer(InsideDecoder):
         pads: Pads,
         verifier: Verifier,
         prefill: Prefill,
+        kept: tuple[Linear, ...] = (),
     ) -> None:
         super().__init__(weights, pages, scratch, head_rows)
         self._worker, self._source, self._bank, self._refill = worker, pads.source, pads.bank, pads.refill
-        self._verifier, self._prefill = verifier, prefill
+        self._verifier, self._prefill, self._kept = verifier, prefill, kept
         self._table = lookup_spec(weights.config)
         self._lookups = weights.layout.embed == "scan"
         self._prepare()
@@ -123,7 +124,7 @@ class SecureInfer(InsideDecoder):
             pad.lay(sheet)
 
     def _prepare(self) -> None:
-        for spec in self._weights.specs:
+        for spec in all_specs(self._weights.config, self._kept):
             with self._weights.tiles(spec, self._scratch) as tiles:
                 self._verifier.prepare(spec, tiles, self._scratch)
         if self._lookups:
@@ -157,7 +158,7 @@ class SecureInfer(InsideDecoder):
 
     def integers(self, spec: LinearSpec, x_q: I32, y_q: I32, rows: I32) -> None:
         """See base.InsideDecoder."""
-        padded = int(np.searchsorted(rows, len(self._pads)))
+        padded = 0 if spec.linear in self._kept else int(np.searchsorted(rows, len(self._pads)))
         if padded:
             pads = [self._pads[row] for row in rows[:padded]]
             self._outside(spec, x_q[:padded], pads, y_q[:padded])
@@ -171,7 +172,7 @@ class SecureInfer(InsideDecoder):
             z: I32 = self._scratch.empty(x_q.shape, np.int32)
             self._source.spend(spec, [pad.index for pad in pads], z)  # (2) r is overwritten by z
             np.add(z, x_q, out=z)
-            expected: list[I64] = []
+            expected: list[list[int]] = []
 
             def meanwhile() -> None:
                 for pad in pads:
