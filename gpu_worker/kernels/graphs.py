@@ -21,11 +21,10 @@ MOST_GRAPHS = 2048  # a model of 28 layers has 114 matrices
 WARM_ROWS = (4, 16, 32, 64, 256)
 
 I32 = npt.NDArray[np.int32]
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def capture(work: Callable[[], None]) -> Callable[[], None]:
-    """What does the work again, on the same addresses. It is done once here: kernels are compiled and loaded by that."""
+    """What does the work again, on the same addresses. It is done once here, which compiles and loads kernels."""
     work()
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -37,6 +36,11 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
             graph.capture_end()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def _repeat(work: Callable[[], None]) -> Callable[[], None]:
+    """In the place of `capture` where there are no graphs."""
+    return work
 
 
 class Room:
@@ -54,7 +58,7 @@ class Room:
         """received[:m] = sent[:m].b, once the device has come that far. Allocates nothing."""
         z, y = self.z[:m], self.y[:m]
         z.copy_(self.sent[:m], non_blocking=True)
-        how = triton_ring.plan(m, *b.shape, triton_ring.device_of(b))
+        how = triton_ring.plan(m, len(b), b.shape[1], triton_ring.device_of(b))
         triton_ring.multiply(z, b, y, self.planes[: 4 * m], how)
         self.received[:m].copy_(y, non_blocking=True)
 
@@ -64,9 +68,9 @@ class TritonProducts:
 
     name = "triton, CUDA graphs"
 
-    def __init__(self, device: str, capture: Capture = capture) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
-        self._capture = capture
+        self._capture = _repeat if device == "cpu" else capture
         self._rooms: dict[tuple[int, int, int], Room] = {}
         self._replays: OrderedDict[tuple[int, ...], tuple[Callable[[], None], torch.Tensor]] = OrderedDict()
 
@@ -84,7 +88,7 @@ class TritonProducts:
             triton_ring.ring_product(torch.zeros((m, w.shape[1]), dtype=torch.int32, device=w.device), w.t())
 
     def _product(self, z: I32, b: torch.Tensor) -> I32:
-        m, room = len(z), self._room(len(z), *b.shape)
+        m, room = len(z), self._room(len(z), len(b), b.shape[1])
         np.copyto(room.sent[:m].numpy(), z)
         if m > GRAPH_ROWS:
             room.multiply(b, m)

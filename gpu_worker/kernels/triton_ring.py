@@ -158,20 +158,20 @@ def plan(m: int, k: int, n: int, device: Device) -> Plan:
 
 def share_of(k: int, parts: int, tile: Tile) -> int:
     """Inputs of a block when k is cut into about so many parts: whole steps, and never more than MAX_SHARE."""
-    share = triton.cdiv(k, max(parts, 1))
-    return min(triton.cdiv(share, tile.depth) * tile.depth, MAX_SHARE)
+    share = -(-k // max(parts, 1))
+    return min(-(-share // tile.depth) * tile.depth, MAX_SHARE)
 
 
 def _blocks(m: int, n: int, tile: Tile) -> int:
-    blocks: int = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
-    return blocks
+    return -(-m // tile.rows) * -(-n // tile.columns)
 
 
 def multiply(z: torch.Tensor, b: torch.Tensor, y: torch.Tensor, planes: torch.Tensor, how: Plan) -> None:
     """z int32[m, k] and contiguous, b int8[k, n] with any strides -> y int32[m, n], contiguous, is z.b modulo 2^32.
 
-    `planes`, int8[4m, k] and contiguous, is overwritten if the tile asks for it, and may be empty if it does not. Nothing
-    is allocated: it can be captured in a CUDA graph, once the same call has run before. Operands are not checked.
+    `planes`, int8[4m, k] and contiguous, is overwritten if the tile asks for it, and may be empty if it does not.
+    Nothing is allocated: it can be captured in a CUDA graph, once the same call has run before. Operands are not
+    checked.
     """
     (m, k), n, tile = z.shape, b.shape[1], how.tile
     parts = triton.cdiv(k, how.share)
