@@ -1,7 +1,7 @@
-"""The Triton kernel has the bits that int64 gives: on the device at hand, or in Triton's interpreter where there is none.
+"""The Triton kernel has the bits that int64 gives: on the device at hand, or, without one, in Triton's interpreter.
 
-The interpreter must be asked for before triton is imported. It knows neither saturation nor shared memory; what it does
-not show is calculated here (sums that cannot saturate) or left to `python -m gpu_worker.kernels.cuda --check`.
+The interpreter must be asked for before triton is imported. It knows neither saturation nor shared memory; what it
+does not show is calculated here (sums that cannot saturate) or left to `python -m gpu_worker.kernels.cuda --check`.
 """
 
 import os
@@ -115,7 +115,7 @@ def test_a_table_that_no_block_may_sum() -> None:
 @pytest.mark.parametrize("device", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("m", [1, 3, 4, 5, 16, 17, 32, 33, 64, 256, 1024])
 def test_plans(m: int, device: Any) -> None:
-    """Tiles fit the device; k is cut into whole steps; no sum of products of two int8 reaches 2^31, where it saturates."""
+    """Tiles fit the device; k is cut into whole steps; no sum reaches 2^31, where it would saturate."""
     for k, n in SIZES:
         tile, share = triton_ring.plan(m, k, n, device)
         assert tile.shared <= device.shared
@@ -155,7 +155,57 @@ def test_operands_that_do_not_fit_are_refused() -> None:
             triton_ring.ring_product(bad_z, bad_b)
 
 
-def test_the_choice_falls_on_it_and_its_self_check_passes() -> None:
+@pytest.mark.parametrize("m", [1, 16, 40])
+def test_the_choice_falls_on_it_and_its_self_check_passes(m: int) -> None:
     found = cuda.products(DEVICE)
     assert found.name.startswith("triton")
-    assert cuda.check_shape(3, 130, 37, DEVICE, found)
+    found.warm_up(torch.zeros((9, 40), dtype=torch.int8, device=DEVICE))
+    assert cuda.check_shape(m, 130, 37, DEVICE, found)
+
+
+def test_the_self_check_notices_a_wrong_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, right = cuda.products(DEVICE), triton_ring.multiply
+
+    def wrong(z: Any, b: Any, y: torch.Tensor, planes: Any, how: Any) -> None:
+        right(z, b, y, planes, how)
+        y[-1, -1] ^= 1
+
+    monkeypatch.setattr(triton_ring, "multiply", wrong)
+    assert not cuda.check_shape(3, 130, 37, DEVICE, found)
+    assert "wrong words" in cuda.products(DEVICE).name
+
+
+@pytest.fixture
+def small_timing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tables over one small linear; what is timed runs once and takes as many microseconds as there are copies."""
+    from gpu_worker.kernels import timing
+
+    def once(works: list[Any]) -> float:
+        for work in works:
+            work()
+        return float(len(works))
+
+    monkeypatch.setattr(timing, "microseconds", once)
+    monkeypatch.setattr(timing, "LINEARS", {"tiny": {"qkv": (256, 24)}})
+    monkeypatch.setattr(timing, "ROWS", (1, 33, 257))
+    monkeypatch.setattr(timing, "CACHE_BYTES", 256 * 24 * 2)
+    return timing
+
+
+def test_the_table_of_times_stands_beside_bfloat16(small_timing: Any) -> None:
+    lines = list(small_timing.table(cuda.products(DEVICE)))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]]
+    assert [row[:3] for row in cells] == [["tiny", "qkv", m] for m in ("1", "33", "257")]
+    assert all(len(row) == lines[0].count("|") - 1 for row in cells)
+    assert [row[4:7] for row in cells] == [["2.0", "1.0", "2.00"]] * 3
+    assert cells[0][9].isdecimal()
+    assert cells[2][9:] == ["", ""]
+    assert lines[-1].endswith(": tiny qkv 1: 2.00")
+
+
+def test_the_best_tile_stands_beside_the_planned_one(small_timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_timing, "CACHE_BYTES", 1)
+    lines = list(small_timing.tiles())
+    assert len(lines) == 2 + 3
+    assert "4x32x256 words, 1" in lines[2]
+    assert all("planes" in line for line in lines[3:])
