@@ -72,7 +72,7 @@ class Worker:
         where = self.device
         if self.model.ring is not None:
             self.model.ring.warm_up()
-            where = f"{self.device} ({self.model.ring.kernel})"
+            where = f"{self.device}, {self.model.ring.kernel},"
         log.info("loaded %s on %s in %.1f s", name, where, time.monotonic() - start)
 
     def open_stream(self) -> Stream:

@@ -4,7 +4,7 @@ With few rows, launching takes longer than computing. So copying in, the kernel 
 each matrix and number of rows, and replayed. The graphs hold the addresses of their buffers and of the weights: a room
 never moves, and a replay keeps its weights alive. For the compute thread only.
 
-The interpreter ran all of this on CPU tensors but `capture`, which has not run on a device yet.
+All of this but `capture` ran on CPU tensors, with the kernel in Triton's interpreter. Nothing has run on a device yet.
 """
 
 from collections import OrderedDict
@@ -23,6 +23,7 @@ WARM_ROWS = (4, 16, 32, 64, 256)
 I32 = npt.NDArray[np.int32]
 
 
+@torch.inference_mode()
 def capture(work: Callable[[], None]) -> Callable[[], None]:
     """What does the work again, on the same addresses. It is done once here, which compiles and loads kernels."""
     work()
@@ -66,7 +67,7 @@ class Room:
 class TritonProducts:
     """Ring products on one device."""
 
-    name = "triton, CUDA graphs"
+    name = "triton with CUDA graphs"
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -87,6 +88,7 @@ class TritonProducts:
         for m in WARM_ROWS:
             triton_ring.ring_product(torch.zeros((m, w.shape[1]), dtype=torch.int32, device=w.device), w.t())
 
+    @torch.inference_mode()  # always: a graph that was captured in it cannot be replayed outside
     def _product(self, z: I32, b: torch.Tensor) -> I32:
         m, room = len(z), self._room(len(z), len(b), b.shape[1])
         np.copyto(room.sent[:m].numpy(), z)
