@@ -166,8 +166,21 @@ def _check(device: str, found: Products) -> bool:
     return not wrong
 
 
+def _measure(device: str, found: Products, time: bool, tune: bool) -> bool:
+    """Print the tables that were asked for. Whether that is possible here."""
+    if device == "cpu" or isinstance(found, GemmProducts):
+        print("--time and --tune need a CUDA device and triton")
+        return False
+    from gpu_worker.kernels import timing
+
+    for lines in [timing.table(found)] * time + [timing.tiles()] * tune:
+        for line in lines:
+            print(line, flush=True)
+    return True
+
+
 def main() -> int:
-    """Check the shapes of common models and awkward ones. Exit code 1 when any bit differs."""
+    """Check the shapes of common models and awkward ones, or measure. Exit code 1 when any bit differs."""
     parser = argparse.ArgumentParser(prog="python -m gpu_worker.kernels.cuda", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="what it does without a flag")
     parser.add_argument("--time", action="store_true", help="time the linears of two models beside bfloat16")
@@ -175,20 +188,14 @@ def main() -> int:
     flags = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "the CPU: there is no CUDA device here"
-    found = products(device)
+    found, right = products(device), True
     print(f"ring products on {name}: {found.name}", flush=True)
-    others = [] if isinstance(found, GemmProducts) else [GemmProducts()]
     if flags.check or not (flags.time or flags.tune):
-        verdicts = [_check(device, one) for one in (found, *others)]
-        return 0 if all(verdicts) else 1
-    if device == "cpu" or not others:
-        print("--time and --tune need a CUDA device and triton")
-        return 1
-    from gpu_worker.kernels import timing
-
-    for line in timing.table(found) if flags.time else timing.tiles():
-        print(line, flush=True)
-    return 0
+        others = [] if isinstance(found, GemmProducts) else [GemmProducts()]
+        right = all([_check(device, one) for one in (found, *others)])  # noqa: C419  # both, whatever the first says
+    if flags.time or flags.tune:
+        right &= _measure(device, found, flags.time, flags.tune)
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

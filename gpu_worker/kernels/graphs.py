@@ -23,7 +23,7 @@ WARM_ROWS = (4, 16, 32, 64, 256)
 I32 = npt.NDArray[np.int32]
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # always: captures share a tensor of torch's generator, which is of one kind or the other
 def capture(work: Callable[[], None]) -> Callable[[], None]:
     """What does the work again, on the same addresses. It is done once here, which compiles and loads kernels."""
     work()
@@ -47,10 +47,12 @@ def _repeat(work: Callable[[], None]) -> Callable[[], None]:
 class Room:
     """Buffers for products of up to `rows` rows, k inputs and n outputs, on the device and, pinned, beside it."""
 
+    @torch.inference_mode(False)  # a tensor that is made in that mode cannot be written outside
     def __init__(self, rows: int, k: int, n: int, device: str) -> None:
         pinned = device != "cpu"
         self.sent = torch.empty((rows, k), dtype=torch.int32, pin_memory=pinned)
         self.received = torch.empty((rows, n), dtype=torch.int32, pin_memory=pinned)
+        self.words, self.answer = self.sent.numpy(), self.received.numpy()  # the same memory
         self.z = torch.empty((rows, k), dtype=torch.int32, device=device)
         self.y = torch.empty((rows, n), dtype=torch.int32, device=device)
         self.planes = torch.empty((4 * rows, k), dtype=torch.int8, device=device)
@@ -88,17 +90,16 @@ class TritonProducts:
         for m in WARM_ROWS:
             triton_ring.ring_product(torch.zeros((m, w.shape[1]), dtype=torch.int32, device=w.device), w.t())
 
-    @torch.inference_mode()  # always: a graph that was captured in it cannot be replayed outside
     def _product(self, z: I32, b: torch.Tensor) -> I32:
         m, room = len(z), self._room(len(z), len(b), b.shape[1])
-        np.copyto(room.sent[:m].numpy(), z)
+        np.copyto(room.words[:m], z)
         if m > GRAPH_ROWS:
             room.multiply(b, m)
         else:
             self._replay(room, b, m)()
         if self._device != "cpu":
             torch.cuda.current_stream().synchronize()
-        return room.received[:m].numpy().copy()  # the room is used again before this answer is sent
+        return room.answer[:m].copy()  # the room is used again before this answer is sent
 
     def _room(self, m: int, k: int, n: int) -> Room:
         """Of a power of two of rows, so that there are few."""

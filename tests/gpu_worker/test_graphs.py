@@ -3,8 +3,9 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,51 @@ def test_a_replay_keeps_its_weights(graphs: Any) -> None:
     found.matmul(z, w)
     ((_, kept),) = found._replays.values()
     assert kept.data_ptr() == w.data_ptr()
+
+
+def test_rooms_serve_inside_inference_mode_and_outside(graphs: Any) -> None:
+    """The self-check runs outside, the compute thread inside; either may be first."""
+    for first in (True, False):
+        found = graphs.TritonProducts("cpu")
+        for m in (1, 17):
+            for inside in (first, not first):
+                z, w, expected = _operands(m, 16, 8)
+                with torch.inference_mode(inside):
+                    np.testing.assert_array_equal(found.matmul(z, w), expected)
+
+
+class Graph:
+    """A CUDA graph that keeps what was done, and what the work did."""
+
+    def __init__(self, story: list[str]) -> None:
+        self._story = story
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self._story.append(f"begin {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self._story.append("end")
+
+    def replay(self) -> None:
+        self._story.append("replay")
+
+
+def test_work_is_done_once_before_it_is_captured(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling and loading a kernel would end a capture. One that fails does not stay open."""
+    story: list[str] = []
+
+    def work() -> None:
+        if "begin thread_local" in story and story[0] == "fails":
+            raise RuntimeError
+        story.append("work")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(story))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    graphs.capture(work)()
+    assert story == ["work", "begin thread_local", "work", "end", "replay"]
+    story[:] = ["fails"]
+    with pytest.raises(RuntimeError):
+        graphs.capture(work)
+    assert story == ["fails", "work", "begin thread_local", "end"]

@@ -4,6 +4,7 @@ The interpreter must be asked for before triton is imported. It knows neither sa
 does not show is calculated here (sums that cannot saturate) or left to `python -m gpu_worker.kernels.cuda --check`.
 """
 
+import importlib
 import os
 from typing import Any
 
@@ -25,7 +26,8 @@ triton_ring: Any = pytest.importorskip(
 
 EXTREMES = np.array([-(1 << 31), (1 << 31) - 1, -1, 0, 1, 127, 128, -128, -129, 0x7FFF8000, -0x7F7F7F80], np.int32)
 SMALL, LARGE = triton_ring.Device(8, 99 << 10), triton_ring.Device(132, 227 << 10)
-ALL_TILES = [tile for tiles in triton_ring.TILES.values() for tile in tiles]
+timing: Any = importlib.import_module("gpu_worker.kernels.timing")
+ALL_TILES = [*(tile for tiles in triton_ring.TILES.values() for tile in tiles), *timing.OTHER_TILES]
 SIZES = [
     (896, 1152),
     (896, 896),
@@ -81,7 +83,7 @@ def test_edges_of_tiles(m: int, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
-@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: "x".join(map(str, tile[:4])))
+@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: "x".join(map(str, tile[:5])))
 def test_every_tile_with_k_shared_and_not(tile: Any, parts: int) -> None:
     m, k, n = tile.rows + 3, 5 * tile.depth - 40, tile.columns + 7
     z, w, expected = _operands(m, k, n)
@@ -178,7 +180,6 @@ def test_the_self_check_notices_a_wrong_bit(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def small_timing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tables over one small linear; what is timed runs once and takes as many microseconds as there are copies."""
-    from gpu_worker.kernels import timing
 
     def once(works: list[Any]) -> float:
         for work in works:
@@ -186,7 +187,8 @@ def small_timing(monkeypatch: pytest.MonkeyPatch) -> Any:
         return float(len(works))
 
     monkeypatch.setattr(timing, "microseconds", once)
-    monkeypatch.setattr(timing, "LINEARS", {"tiny": {"qkv": (256, 24)}})
+    shapes = (timing.Shape("tiny", "qkv", 256, 24), timing.Shape("tiny", "lookup", 256, 24))
+    monkeypatch.setattr(timing, "SHAPES", shapes)
     monkeypatch.setattr(timing, "ROWS", (1, 33, 257))
     monkeypatch.setattr(timing, "CACHE_BYTES", 256 * 24 * 2)
     return timing
@@ -195,17 +197,40 @@ def small_timing(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_table_of_times_stands_beside_bfloat16(small_timing: Any) -> None:
     lines = list(small_timing.table(cuda.products(DEVICE)))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]]
-    assert [row[:3] for row in cells] == [["tiny", "qkv", m] for m in ("1", "33", "257")]
+    cases = [["tiny", "qkv", "1"], ["tiny", "qkv", "33"], ["tiny", "qkv", "257"], ["tiny", "lookup", "1"]]
+    assert [row[:3] for row in cells] == [*cases, ["tiny", "lookup", "33"]]
     assert all(len(row) == lines[0].count("|") - 1 for row in cells)
-    assert [row[4:7] for row in cells] == [["2.0", "1.0", "2.00"]] * 3
+    assert [row[4:7] for row in cells] == [["2.0", "1.0", "2.00"]] * 5
     assert cells[0][9].isdecimal()
     assert cells[2][9:] == ["", ""]
-    assert lines[-1].endswith(": tiny qkv 1: 2.00")
+    assert lines[-1].endswith(": tiny qkv 1: 2.00; tiny lookup 1: 2.00")
 
 
 def test_the_best_tile_stands_beside_the_planned_one(small_timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_timing, "CACHE_BYTES", 1)
+    monkeypatch.setattr(small_timing, "ROWS", (1, 33))
     lines = list(small_timing.tiles())
-    assert len(lines) == 2 + 3
-    assert "4x32x256 words, 1" in lines[2]
-    assert all("planes" in line for line in lines[3:])
+    assert len(lines) == 2 + 4
+    assert "| 4x32x256/4 words, 1 |" in lines[2]
+    assert all("planes" in line for line in (lines[3], lines[5]))
+
+
+def test_one_command_checks_and_measures(
+    small_timing: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a machine with a device, whose memory is the CPU's if it is none."""
+    found = cuda.products(DEVICE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(small_timing, "_device", lambda: DEVICE)
+    monkeypatch.setattr(cuda, "products", lambda device: found)
+    monkeypatch.setattr(cuda, "check_shape", lambda m, k, n, device, one: one is not found or m != 17)
+    monkeypatch.setattr(small_timing, "tiles", lambda: ["a line of tiles"])
+    monkeypatch.setattr("sys.argv", ["check", "--check", "--time", "--tune"])
+    assert cuda.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "ring products on a device: triton with CUDA graphs"
+    assert sum(line.startswith("MISMATCH at (m, k, n) = (17, ") for line in lines) == 5
+    assert any(line.startswith("int8 GEMM of torch: ") for line in lines)
+    assert any(line.startswith("| tiny | lookup | 33 |") for line in lines)
+    assert lines[-1] == "a line of tiles"
