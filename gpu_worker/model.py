@@ -41,7 +41,7 @@ class Model:
                 checkpoint.close()
         elif int8:
             raise PreconditionError("the model is sealed: it can be loaded as float32 only, without its weights")
-        self.ring = Ring(self.config, loaded) if int8 else None
+        self.ring = Ring(self.config, loaded, device) if int8 else None
         self.decoder = None if ring_only else Decoder(self.config, (loaded,), device)
 
 

@@ -69,7 +69,11 @@ class Worker:
             cpu.warm_up()
         self.model = Model(self._folders[name], precision, self.device, self._ring_only)
         self._overlay_allowance.limit = self.model.parameter_bytes
-        log.info("loaded %s on %s in %.1f s", name, self.device, time.monotonic() - start)
+        where = self.device
+        if self.model.ring is not None:
+            self.model.ring.warm_up()
+            where = f"{self.device}, {self.model.ring.kernel},"
+        log.info("loaded %s on %s in %.1f s", name, where, time.monotonic() - start)
 
     def open_stream(self) -> Stream:
         """The state of a new stream."""

@@ -1,6 +1,11 @@
 """Ring products have the bits that int64 gives, on the CPU kernels and through the digits of the CUDA path."""
 
+import ast
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -164,12 +169,13 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """The self check with 5 rows at most: many take seconds on a CPU. Gives the shapes that it asks for."""
     asked: list[tuple[int, int, int]] = []
 
-    def check(m: int, k: int, n: int, device: str) -> bool:
+    def check(m: int, k: int, n: int, device: str, found: cuda.Products) -> bool:
         asked.append((m, k, n))
-        return right(min(m, 5), k, n, device)
+        return right(min(m, 5), min(k, 900) if m < 100 else k, min(n, 900), device, found)
 
     right = cuda.check_shape
     monkeypatch.setattr("sys.argv", ["check"])
+    _without_triton(monkeypatch)
     monkeypatch.setattr(cuda, "check_shape", check)
     return asked
 
@@ -188,6 +194,71 @@ def test_self_check_notices_a_wrong_bit(
     monkeypatch.setattr(cuda, "combine", lambda parts: right(parts) ^ 1)
     assert cuda.main() == 1
     assert capsys.readouterr().out.count("MISMATCH") == len(few_rows)
+
+
+def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpu_worker.kernels.graphs", None)
+
+
+def test_without_triton_torch_computes_and_the_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_triton(monkeypatch)
+    found = cuda.products("cpu")
+    assert found.name == "int8 GEMM of torch (triton is not installed)"
+    z, w = _operands(5, 40, 24)
+    weights = torch.from_numpy(w)
+    found.warm_up(weights)
+    np.testing.assert_array_equal(found.matmul(z, weights), _reference(z, w))
+    np.testing.assert_array_equal(found.lookup(z, weights.t().contiguous()), _reference(z, w))
+
+
+class _Broken:
+    """Triton on a machine where it does not work."""
+
+    name = "triton"
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    def matmul(self, z: npt.NDArray[np.int32], w: torch.Tensor) -> npt.NDArray[np.int32]:
+        if self._error is not None:
+            raise self._error
+        return _reference(z, w.numpy()) ^ 1
+
+    def lookup(self, z: npt.NDArray[np.int32], table: torch.Tensor) -> npt.NDArray[np.int32]:
+        return _reference(z, table.numpy().T)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(None, "triton gives wrong words here"), (OSError(), "triton fails here: OSError")]
+)
+def test_where_triton_does_not_work_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, reason: str
+) -> None:
+    module: Any = ModuleType("graphs")
+    module.TritonProducts = lambda device: _Broken(error)
+    monkeypatch.setitem(sys.modules, "gpu_worker.kernels.graphs", module)
+    assert cuda.products("cpu").name == f"int8 GEMM of torch ({reason})"
+
+
+def test_timing_asks_for_a_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _without_triton(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["check", "--time"])
+    assert cuda.main() == 1
+    assert "need a CUDA device" in capsys.readouterr().out
+
+
+def test_the_kernels_of_a_device_need_torch_numpy_and_triton_only() -> None:
+    """So that they can be copied to a machine that has nothing else: no numba, no gRPC."""
+    known = {"torch", "numpy", "triton", "gpu_worker"}
+    for name in ("cuda", "graphs", "timing", "triton_ring"):
+        tree = ast.parse(Path(cuda.__file__).with_name(f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            modules = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in modules:
+                assert module.split(".")[0] in known | sys.stdlib_module_names, (name, module)
+                assert not module.startswith("gpu_worker") or module.startswith("gpu_worker.kernels"), (name, module)
 
 
 def test_no_two_kernels_share_a_place_in_the_cache() -> None:
