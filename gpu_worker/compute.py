@@ -111,13 +111,13 @@ class Compute:
         """One command, and one call of each socket, at a time: nobody waits for all that somebody else wants."""
         while not self._ended:
             ready = [key for key, _ in self._selector.select(self._patience())]
+            self._drop_late([key.data for key in ready])
             for key in ready:
                 if key.data is None:
                     os.eventfd_read(self._wake)
                     self._commands.get()()
                 else:
                     self._go_on(key)
-            self._drop_late([key.data for key in ready])
         for talker in list(self._talkers):
             self._drop(talker)
         self._selector.close()
@@ -139,7 +139,7 @@ class Compute:
         return max(min(deadlines) - time.monotonic(), 0) if deadlines else None
 
     def _drop_late(self, ready: list[Talker | None]) -> None:
-        """Whoever had something to say is not late: perhaps it was this thread that had no time."""
+        """Whoever has something to say is not late: perhaps it was this thread that had no time."""
         now = time.monotonic()
         for talker in [one for one in self._talkers if one.deadline is not None and one.deadline < now]:
             if talker not in ready:

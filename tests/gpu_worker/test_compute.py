@@ -95,8 +95,11 @@ def test_a_thread_that_had_no_time_does_not_blame_the_talker() -> None:
     talker = Echo(own, time.monotonic() + 0.2)
     with peer:
         compute.submit(compute.attend, talker)
-        busy = compute.submit(time.sleep, 0.5)
+        begun, heard = threading.Event(), threading.Event()
+        busy = compute.submit(lambda: (begun.set(), heard.wait(10), time.sleep(0.3)))
+        assert begun.wait(10)
         peer.sendall(b"xy")
+        heard.set()
         busy.result(10)
         assert [peer.recv(1), peer.recv(1)] == [b"x", b"y"]
     assert talker.closed.wait(10)
