@@ -30,9 +30,8 @@ def attend(q: F32, cache: KVCache, layer: int, position: int, window: int, out: 
         np.multiply(q, np.float32(dim**-0.5), out=scaled)
         largest: F32 = scratch.empty((rows, heads), np.float32)
         total: F32 = scratch.empty((rows, heads), np.float32)
-        largest[...], total[...], out[...] = _LOWEST, 0, 0
         first = max(0, position + 1 - window) if window else 0
-        group = block_rows(cache.config)
+        group, fresh = block_rows(cache.config), True
         with closing(cache.blocks(layer, first, position + rows, rows, scratch)) as blocks:
             for start, pages in blocks:
                 for row in range(0, rows, group):
@@ -41,7 +40,8 @@ def attend(q: F32, cache: KVCache, layer: int, position: int, window: int, out: 
                         scores = _scores(scaled[part], pages, scratch)
                         for i in range(len(scores)):
                             _hide(scores[i], position + row + i + 1 - start, window)
-                        _add(scores, pages, largest[part], total[part], out[part], scratch)
+                        _add(scores, pages, largest[part], total[part], out[part], scratch, fresh)
+                fresh = False
         out /= total[:, :, None]
 
 
@@ -66,20 +66,26 @@ def _hide(scores: F32, end: int, window: int) -> None:
             scores[page, ..., :token] = -np.inf
 
 
-def _add(scores: F32, pages: F32, largest: F32, total: F32, out: F32, scratch: Scratch) -> None:
-    """Take one block into the state of its rows."""
-    by_group = (len(scores), *scores.shape[2:4])
+def _add(scores: F32, pages: F32, largest: F32, total: F32, out: F32, scratch: Scratch, fresh: bool) -> None:
+    """Take one block into the state of its rows. `fresh`: there is none yet."""
     weighted: F32 = scratch.empty((*scores.shape[:4], pages.shape[-1]), np.float32)
+    top = scores.max(axis=(1, 4), initial=_LOWEST)
     # 1. What was summed so far shrinks, where a larger score came.
-    top = np.maximum(largest.reshape(by_group), scores.max(axis=(1, 4)))
-    shrink = np.exp(largest - top.reshape(largest.shape))
-    total *= shrink
-    out *= shrink[:, :, None]
+    if not fresh:
+        np.maximum(largest.reshape(top.shape), top, out=top)
+        shrink = np.exp(largest - top.reshape(largest.shape))
+        total *= shrink
+        out *= shrink[:, :, None]
     largest[...] = top.reshape(largest.shape)
     # 2. Weights, their sums, and the weighted values.
     scores -= top[:, None, :, :, None]
     np.exp(scores, out=scores)
     np.matmul(scores, pages[:, 1], out=weighted)
     # 3. Added page by page: numpy sums in another order only along the axis that is fastest in memory.
-    total += np.add.accumulate(scores.sum(axis=-1), axis=1)[:, -1].reshape(total.shape)
-    out += np.add.reduce(weighted, axis=1).reshape(out.shape)
+    sums = np.add.accumulate(scores.sum(axis=-1), axis=1)[:, -1].reshape(total.shape)
+    values = np.add.reduce(weighted, axis=1).reshape(out.shape)
+    if fresh:
+        total[...], out[...] = sums, values
+    else:
+        total += sums
+        out += values
