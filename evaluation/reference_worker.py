@@ -1,0 +1,144 @@
+"""The process behind a `transformers` row: the library itself, as fast as it decodes greedily, on a Unix socket.
+
+Started by reference.py. Requests and answers are lines of JSON: {"prompts": [[id, ...], ...]} of equal lengths gives
+one line of token ids, the first of each answer; {"tokens": n} then gives n more lines, one for each step.
+
+What was tried for speed, and is used or not: inference mode; logits of the last row only; scaled dot product attention
+(eager is slower); a growing cache (a static one is no faster, and slower behind long prompts). int8 is weight-only: every
+linear, the head too, is replaced by `torch._weight_int8pack_mm` over our own integers, with bfloat16 activations, which
+it is fastest with; from PACKED_ROWS rows on weights are turned into bfloat16 for each product, because that is faster.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wire.lifetime import die_with_parent
+from wire.quantize import quantize_rows
+
+SPIN_COUNT = "2000"  # of waiting OpenMP threads, as the GPU worker has it
+PACKED_ROWS = 32
+
+
+def main() -> None:
+    """Serve one connection. Exit status 2 and one line on stderr for a model that the library does not have."""
+    options = _parse()
+    die_with_parent(options.parent)
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    import torch
+
+    torch.set_num_threads(options.threads)
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    with torch.inference_mode():
+        generator = Generator(load(options.model, options.precision, device), torch)
+        with socket.create_server(options.socket, family=socket.AF_UNIX) as server:
+            print("serving", flush=True)
+            connection, _ = server.accept()
+            with connection, connection.makefile("rw") as file:
+                serve(file, generator)
+
+
+class Generator:
+    """Greedy decoding of a batch, token by token, over a cache of keys and values."""
+
+    def __init__(self, model: Any, torch: Any) -> None:
+        self._model, self._torch = model, torch
+
+    def begin(self, prompts: list[list[int]]) -> list[int]:
+        """The first token of each answer."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        self._last = self._torch.tensor(prompts, device=self._model.device)
+        return self.step()
+
+    def step(self) -> list[int]:
+        """The next token of each answer."""
+        found = self._model(self._last, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._last = found.logits[:, -1].argmax(-1, keepdim=True)
+        tokens: list[int] = self._last[:, 0].tolist()
+        return tokens
+
+
+def serve(file: Any, generator: Generator) -> None:
+    """Answer requests until there are no more."""
+    for line in file:
+        request = json.loads(line)
+        steps = request.get("tokens", 0)
+        answers = (generator.step() for _ in range(steps)) if steps else (generator.begin(request["prompts"]),)
+        for answer in answers:
+            file.write(json.dumps(answer) + "\n")
+            file.flush()
+
+
+def load(folder: Path, precision: str, device: str) -> Any:
+    """A causal language model of the library, from a local folder: float32, bfloat16, or int8 weight-only."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    raw = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, raw["architectures"][0], None)
+    if kind is None:
+        print(f"transformers has no {raw['architectures'][0]}", file=sys.stderr)
+        sys.exit(2)
+    element = torch.float32 if precision == "float32" else torch.bfloat16
+    config = kind.config_class(**raw)
+    model = kind.from_pretrained(folder, config=config, dtype=element, attn_implementation="sdpa").eval()
+    if precision == "int8":
+        _quantize(model, torch, transformers.pytorch_utils.Conv1D)
+    return model.to(device)
+
+
+def _quantize(model: Any, torch: Any, conv: type) -> None:
+    """Every linear becomes an int8 one. `conv`: GPT-2's linear, whose matrix is turned around."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, _packed(torch, child.weight, child.bias))
+            elif isinstance(child, conv):
+                setattr(parent, name, _packed(torch, child.weight.T, child.bias))
+
+
+def _packed(torch: Any, weight: Any, bias: Any) -> Any:
+    integers, scales = (torch.from_numpy(part) for part in quantize_rows(weight.detach().float().numpy()))
+    module = torch.nn.Module()
+    module.register_buffer("integers", integers)
+    module.register_buffer("scales", scales.bfloat16())
+    module.bias, module.in_features, module.out_features = bias, integers.shape[1], integers.shape[0]
+    module.forward = _forward(torch, module)
+    return module
+
+
+def _forward(torch: Any, module: Any) -> Callable[[Any], Any]:
+    def forward(x: Any) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) < PACKED_ROWS:
+            y = torch._weight_int8pack_mm(rows, module.integers, module.scales)
+        else:
+            y = torch.nn.functional.linear(rows, module.integers.bfloat16()) * module.scales
+        y = y.view(*x.shape[:-1], -1)
+        return y if module.bias is None else y + module.bias
+
+    return forward
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "int8"), required=True)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
