@@ -17,7 +17,7 @@ from typing import Any, Self
 from client.counters import Counters
 from deploy.local.child import Child
 from deploy.local.cluster import ROOT
-from evaluation.measure import CLIENT, STEP_SECONDS, Load, Progress, Sample, prompts_of, warm_up
+from evaluation.measure import CLIENT, STEP_SECONDS, Load, Progress, Sample, prompts_of
 from evaluation.processes import cpu_seconds, resident_bytes
 from wire.errors import DeadlineError, UnavailableError
 from wire.model_config import ModelConfig
@@ -55,8 +55,9 @@ class Reference:
             connection.settimeout(STEP_SECONDS)
             connection.connect(f"{folder}/socket")
             self._file = stack.enter_context(connection.makefile("rw"))
-            for load in warm_up(self._loads):
-                self.repeat(load)
+            for load in self._loads:
+                self._progress(f"tuning {TRANSFORMERS} {self._precision}", 0)
+                self._request({"tune": prompts_of(load, self._vocabulary), "room": load.tokens}, 1)
             self._stack = stack.pop_all()
         return self
 
@@ -66,22 +67,11 @@ class Reference:
     def repeat(self, load: Load) -> Sample:
         """One repetition."""
         self._progress(f"measuring {TRANSFORMERS} {self._precision}", 0)
-        try:
-            return self._measure(load)
-        except TimeoutError:
-            raise DeadlineError(f"{TRANSFORMERS} gave no token for {STEP_SECONDS:g} s") from None
-        except OSError:
-            raise UnavailableError(self._child.epitaph()) from None
-
-    def resident(self) -> dict[str, int]:
-        """Resident bytes by role, now."""
-        return {role: resident_bytes(pid) for role, pid in self._pids().items()}
-
-    def _measure(self, load: Load) -> Sample:
+        prompts = {"prompts": prompts_of(load, self._vocabulary), "room": load.tokens}
         started = time.monotonic()
-        first = self._ask({"prompts": prompts_of(load, self._vocabulary)}, 1)[0] - started
+        first = self._request(prompts, 1)[0] - started
         cpu = self._cpu()
-        times, used = self._ask({"tokens": load.tokens}, load.tokens), self._cpu()
+        times, used = self._request({"tokens": load.tokens}, load.tokens), self._cpu()
         return Sample(
             first,
             [(times[-1] - times[0]) / (len(times) - 1)] * load.batch,
@@ -93,16 +83,25 @@ class Reference:
             (_NOTHING, _NOTHING),
         )
 
-    def _ask(self, request: dict[str, Any], count: int) -> list[float]:
-        """When each of `count` lines came. Raises OSError when the process is gone."""
-        self._file.write(json.dumps(request) + "\n")
-        self._file.flush()
-        times = []
-        for _ in range(count):
-            if not self._file.readline():
-                raise ConnectionResetError
-            times.append(time.monotonic())
-        return times
+    def resident(self) -> dict[str, int]:
+        """Resident bytes by role, now."""
+        return {role: resident_bytes(pid) for role, pid in self._pids().items()}
+
+    def _request(self, request: dict[str, Any], count: int) -> list[float]:
+        """When each of `count` lines came. Raises DeadlineError, or UnavailableError when the process is gone."""
+        try:
+            self._file.write(json.dumps(request) + "\n")
+            self._file.flush()
+            return [self._line() for _ in range(count)]
+        except TimeoutError:
+            raise DeadlineError(f"{TRANSFORMERS} gave no token for {STEP_SECONDS:g} s") from None
+        except OSError:
+            raise UnavailableError(self._child.epitaph()) from None
+
+    def _line(self) -> float:
+        if not self._file.readline():
+            raise ConnectionResetError
+        return time.monotonic()
 
     def _cpu(self) -> dict[str, float]:
         return {role: cpu_seconds(pid) for role, pid in self._pids().items()}

@@ -1,10 +1,11 @@
 """The process behind a `transformers` row: the library itself, as fast as it decodes greedily, on a Unix socket.
 
-Started by reference.py. Requests and answers are lines of JSON: {"prompts": [[id, ...], ...]} of equal lengths gives
-one line of token ids, the first of each answer; {"tokens": n} then gives n more lines, one for each step.
+Started by reference.py. Requests and answers are lines of JSON: {"prompts": [[id, ...], ...], "room": n} with prompts of
+equal lengths gives one line of token ids, the first of each answer; {"tokens": n} then gives n more lines, one for each
+step. {"tune": ...} with the same prompts finds out which cache is faster for such a batch, and gives its name.
 
 What was tried for speed, and is used or not: inference mode; logits of the last row only; scaled dot product attention
-(eager is slower); a growing cache (a static one is no faster, and slower behind long prompts). int8 is weight-only: every
+(eager is slower); a cache that grows, or a static one: whichever is faster for a batch, measured beforehand. int8 is weight-only: every
 linear, the head too, is replaced by `torch._weight_int8pack_mm` over our own integers, with bfloat16 activations, which
 it is fastest with; from PACKED_ROWS rows on weights are turned into bfloat16 for each product, because that is faster.
 """
@@ -14,7 +15,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from wire.quantize import quantize_rows
 
 SPIN_COUNT = "2000"  # of waiting OpenMP threads, as the GPU worker has it
 PACKED_ROWS = 32
+TUNING_STEPS = 12
 
 
 def main() -> None:
@@ -49,13 +52,13 @@ class Generator:
 
     def __init__(self, model: Any, torch: Any) -> None:
         self._model, self._torch = model, torch
+        self._best: dict[tuple[int, int], str] = {}  # by batch and length of its prompts
 
-    def begin(self, prompts: list[list[int]]) -> list[int]:
-        """The first token of each answer."""
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._model.config)
+    def begin(self, prompts: list[list[int]], room: int, kind: str = "") -> list[int]:
+        """The first token of each answer. `room`: tokens that follow, at most. `kind`: of cache, if not the best."""
         self._last = self._torch.tensor(prompts, device=self._model.device)
+        shape = len(prompts), len(prompts[0])
+        self._cache = self._new_cache(kind or self._best.get(shape, "dynamic"), shape[1] + room + 1)
         return self.step()
 
     def step(self) -> list[int]:
@@ -65,16 +68,48 @@ class Generator:
         tokens: list[int] = self._last[:, 0].tolist()
         return tokens
 
+    def tune(self, prompts: list[list[int]], room: int) -> str:
+        """The cache whose fastest step is the faster one; it is used for such batches from now on."""
+        times: dict[str, float] = {}
+        for kind in ("dynamic", "static"):
+            self.begin(prompts, room, kind)
+            times[kind] = min(self._timed() for _ in range(min(room, TUNING_STEPS)))
+        best = self._best[len(prompts), len(prompts[0])] = min(times, key=lambda kind: times[kind])
+        return best
+
+    def _timed(self) -> float:
+        started = time.perf_counter()
+        self.step()
+        return time.perf_counter() - started
+
+    def _new_cache(self, kind: str, size: int) -> Any:
+        from transformers import DynamicCache, StaticCache
+
+        config = self._model.config
+        return StaticCache(config=config, max_cache_len=size) if kind == "static" else DynamicCache(config=config)
+
 
 def serve(file: Any, generator: Generator) -> None:
     """Answer requests until there are no more."""
     for line in file:
-        request = json.loads(line)
-        steps = request.get("tokens", 0)
-        answers = (generator.step() for _ in range(steps)) if steps else (generator.begin(request["prompts"]),)
-        for answer in answers:
+        for answer in _answers(generator, **json.loads(line)):
             file.write(json.dumps(answer) + "\n")
             file.flush()
+
+
+def _answers(
+    generator: Generator,
+    prompts: list[list[int]] | None = None,
+    tune: list[list[int]] | None = None,
+    room: int = 0,
+    tokens: int = 0,
+) -> Iterator[Any]:
+    if tune:
+        yield generator.tune(tune, room)
+    if prompts:
+        yield generator.begin(prompts, room)
+    for _ in range(tokens):
+        yield generator.step()
 
 
 def load(folder: Path, precision: str, device: str) -> Any:

@@ -17,7 +17,10 @@ from wire.model_config import ModelConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes of a weight
 SCALE = 4  # bytes, one for each int8 weight row
-CACHE_WIDTHS = {("transformers", "bfloat16"): 2, ("transformers", "int8"): 2}  # bytes of an element; else those of float32
+CACHE_WIDTHS = {
+    ("transformers", "bfloat16"): 2,
+    ("transformers", "int8"): 2,
+}  # bytes of an element; else those of float32
 SCHEMES = ("plain", "tee-only", "transformers")
 
 
