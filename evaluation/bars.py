@@ -1,7 +1,7 @@
 """The picture of the bench: what `cleave-bench --plot FILE.png` draws from the figures it prints.
 
 A panel for each prompt and batch; a bar for each row, from the least to the most of its repetitions; a black line where
-its roofline is; of secure-infer a second, paler bar, its sustained speed.
+its roofline is; within the bar of secure-infer a hatched one, its sustained speed.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ COLOURS = {  # that the colour-blind can tell apart (Okabe and Ito)
 }
 PALE = 0.45  # opacity
 PANELS = 3  # beside each other
+OFF = 2.5  # times the longest bar: how far a panel goes for a roofline
 
 Rows = list[dict[str, Any]]
 
@@ -39,8 +40,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_title(f"prompt of {load[0]}, batch {load[1]}", fontsize=10)
     for axes in list(figure.axes)[len(loads) :]:
         axes.set_visible(False)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    named = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(f"{result['model']}: decoding, tokens per second of all sessions\n{result['machine']}", fontsize=10)
     pictures.save(figure, path)
 
@@ -49,27 +53,27 @@ def _draw_panel(axes: "Axes", rows: Rows) -> None:
     places = list(range(len(rows)))
     speeds = [row["tokens_per_second"] for row in rows]
     axes.barh(places, speeds, 0.7, color=[COLOURS[row["scheme"]] for row in rows], xerr=_errors(rows), capsize=2)
-    roofs = [(place, roof) for place, row in enumerate(rows) if (roof := _roof(row))]
-    if roofs:
-        at, values = zip(*roofs, strict=True)
-        style: dict[str, Any] = {
-            "linestyle": "",
-            "marker": "|",
-            "color": "black",
-            "markersize": 15,
-            "markeredgewidth": 2,
-        }
-        axes.plot(values, at, label="roofline", **style)
     _draw_sustained(axes, rows)
-    widest = max([*speeds, *(roof for _, roof in roofs)])
-    for place, row in enumerate(rows):
-        reach = max(_roof(row) or 0, _fastest(row))
-        axes.text(reach + 0.015 * widest, place, f"{row['tokens_per_second']:.1f}", va="center", fontsize=8)
-    axes.set_yticks(places, [" ".join(_words(row)) for row in rows], fontsize=8)
-    axes.set_xlim(0, 1.15 * widest)
+    _draw_rooflines(axes, rows, OFF * max(map(_fastest, rows)))
+    axes.set_yticks(places, [f"{' '.join(_words(row))}  {row['tokens_per_second']:.1f}" for row in rows], fontsize=8)
+    axes.set_xlim(left=0)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def _draw_rooflines(axes: "Axes", rows: Rows, edge: float) -> None:
+    """Those beyond the edge, which would make the bars too short to be seen, are arrows with a number."""
+    roofs = [(roof, place) for place, row in enumerate(rows) if (roof := _roof(row))]
+    look: dict[str, Any] = {"linestyle": "", "color": "black"}
+    if near := [roof for roof in roofs if roof[0] <= edge]:
+        axes.plot(*zip(*near, strict=True), marker="|", markersize=15, markeredgewidth=2, label="roofline", **look)
+    if far := [roof for roof in roofs if roof[0] > edge]:
+        axes.plot([edge] * len(far), [place for _, place in far], marker=">", label="roofline, further right", **look)
+    for roof, place in far:
+        axes.annotate(
+            f"{roof:.0f}", (edge, place), (-7, 0), textcoords="offset points", ha="right", va="center", fontsize=8
+        )
 
 
 def _draw_sustained(axes: "Axes", rows: Rows) -> None:

@@ -147,10 +147,9 @@ def _rates(rates: dict[str, Any] | None) -> str:
     if not rates:
         return ""
     macs = {kind: rate / 1e9 for kind, rate in rates["macs_per_second"].items()}
-    return (
-        f"Rooflines: {rates['bytes_per_second'] / 1e9:.1f} GB/s read, products of float32 at {macs['float32']:.0f} GMAC/s, "
-        f"of bfloat16 at {macs['bfloat16']:.0f}, {rates['threads']} threads, measured before and after"
-    )
+    products = ", ".join(f"of {kind} at {rate:.0f} GMAC/s" for kind, rate in macs.items())
+    read = f"{rates['bytes_per_second'] / 1e9:.1f} GB/s read"
+    return f"Rooflines: {read}, products {products}, {rates['threads']} threads, measured before and after"
 
 
 def _rooflines(rows: Rows) -> list[list[str]]:

@@ -1,13 +1,14 @@
 """The process behind a `transformers` row: the library itself, as fast as it decodes greedily, on a Unix socket.
 
-Started by reference.py. Requests and answers are lines of JSON: {"prompts": [[id, ...], ...], "room": n} with prompts of
-equal lengths gives one line of token ids, the first of each answer; {"tokens": n} then gives n more lines, one for each
-step. {"tune": ...} with the same prompts finds out which cache is faster for such a batch, and gives its name.
+Started by reference.py. Requests and answers are lines of JSON. {"prompts": [[id, ...], ...], "room": n}, of prompts
+of equal lengths, gives one line of token ids, the first of each answer; {"tokens": n} then gives n more lines, one for
+each step. {"tune": ...} with the same prompts finds out which cache is faster for such a batch, and gives its name.
 
 What was tried for speed, and is used or not: inference mode; logits of the last row only; scaled dot product attention
-(eager is slower); a cache that grows, or a static one: whichever is faster for a batch, measured beforehand. int8 is weight-only: every
-linear, the head too, is replaced by `torch._weight_int8pack_mm` over our own integers, with bfloat16 activations, which
-it is fastest with; from PACKED_ROWS rows on weights are turned into bfloat16 for each product, because that is faster.
+(eager is slower); a cache that grows, or a static one: whichever is faster for a batch, measured beforehand. int8 is
+weight-only: every linear, the head too, is replaced by `torch._weight_int8pack_mm` over our own integers. It is fastest
+with bfloat16 activations (five times slower with float32), and slow for many rows: from PACKED_ROWS on, weights are
+turned into bfloat16 for each product instead.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from wire.lifetime import die_with_parent
 from wire.quantize import quantize_rows
 
 SPIN_COUNT = "2000"  # of waiting OpenMP threads, as the GPU worker has it
-PACKED_ROWS = 32
+PACKED_ROWS = 20
 TUNING_STEPS = 12
 
 
@@ -117,7 +118,6 @@ def load(folder: Path, precision: str, device: str) -> Any:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     raw = json.loads((folder / "config.json").read_text())
     kind = getattr(transformers, raw["architectures"][0], None)
     if kind is None:
@@ -131,7 +131,7 @@ def load(folder: Path, precision: str, device: str) -> Any:
     return model.to(device)
 
 
-def _quantize(model: Any, torch: Any, conv: type) -> None:
+def _quantize(model: Any, torch: Any, conv: Any) -> None:
     """Every linear becomes an int8 one. `conv`: GPT-2's linear, whose matrix is turned around."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -45,7 +45,7 @@ def sizes(
 ) -> Sizes:
     """The best budget that takes no more than half of `available` bytes, and pads for a whole decode phase.
 
-    `prompts`: and for all prompts. Every load fits, one at a time. Raises ContextError for a context that the model lacks.
+    `prompts`: and for all prompts. Loads come one at a time. Raises ContextError for a context that the model lacks.
     """
     capacity, batch = (max(getattr(load, name) for load in loads) for name in ("capacity", "batch"))
     found = cost(scheme, Case(config, precision, capacity))
@@ -70,7 +70,7 @@ def library_bytes(config: ModelConfig, precision: str) -> int:
 
 
 def pad_bank(config: ModelConfig, scheme: str, precision: str, loads: Sequence[Load], prompts: bool = False) -> int:
-    """Bytes of a bank with the pads of a whole decode phase, masked lookups included; `prompts`: of all prompts, too."""
+    """Bytes of a bank with the pads of a whole decode phase, and of all `prompts`, masked lookups included."""
     found = cost(scheme, Case(config, precision, 1))
     sealed = sum(part.sealed_bytes for part in (found.pads, found.lookup) if part)
     return _stock(loads, prompts) * sealed or LEAST_BYTES
