@@ -7,7 +7,6 @@ needs: one multiplication deep, no bootstrapping, keys made beforehand. What CKK
 out; so is transport, whose bytes are printed. Ways take turns; of a round counts the fastest of many, but for CKKS.
 """
 
-import importlib.metadata
 import os
 import statistics
 import time
@@ -55,6 +54,7 @@ class Encrypted:
         self.key_seconds = time.perf_counter() - started
         self._tenseal, self._columns = tenseal, weight.T.tolist()
         self.bytes_up = self.bytes_down = 0
+        self.version: str = tenseal.__version__
 
     def product(self, x: F32) -> F32:
         """float32[k] -> float32[n]; encrypts, multiplies, decrypts."""
@@ -78,7 +78,7 @@ def measure(folder: Path, repeat: int, progress: Progress) -> dict[str, Any]:
     """Times, errors and sizes of all ways. Raises PreconditionError, ExhaustedError."""
     weight = first_projection(folder)
     encrypted, masked = Encrypted(weight), MaskedLinear(weight)
-    x = np.random.default_rng(0).standard_normal(weight.shape[1]).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((weight.shape[1],), np.float32)
     exact = np.matmul(weight, x, dtype=np.float64)
     pads = [masked.pad()]
     ways: dict[str, Callable[[], F32]] = {
@@ -136,7 +136,7 @@ def _parameters(encrypted: Encrypted) -> dict[str, Any]:
         "modulus_bits": encrypted.bits,
         "scale_bits": encrypted.scale_bits,
         "bits_of_security": SECURITY,
-        "tenseal": importlib.metadata.version("tenseal"),
+        "tenseal": encrypted.version,
         "threads": os.cpu_count(),
         "key_seconds": encrypted.key_seconds,
     }

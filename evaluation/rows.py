@@ -2,9 +2,8 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from deploy.local.cluster import TRUSTED_WORKER
 from evaluation.measure import ROLES, Load, Sample
@@ -106,11 +105,6 @@ def relative(rows: Sequence[Row]) -> list[Row]:
     Over the same plane; a row without one stands beside the fastest plain.
     """
     return [_beside(one, [plain for plain in rows if _is_baseline(plain, one)]) for one in rows]
-
-
-def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows for JSON."""
-    return [asdict(one) for one in rows]
 
 
 def _is_baseline(plain: Row, one: Row) -> bool:

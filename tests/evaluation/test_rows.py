@@ -1,18 +1,24 @@
 """From repetitions to rows: medians, spreads, shares, and what is said per token."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from evaluation.rows import Row, as_dicts, relative, row, shares, spread
-from evaluation.tables import bench_table
-from tests.evaluation.samples import sample
+from evaluation.measure import Load, Refill, Sample
+from evaluation.rounds import Key, Taken
+from evaluation.rows import Row, relative, row, shares, spread
+from tests.evaluation.samples import ZERO, sample
+
+LOAD = Load(32, 10, 1)
+
+
+def made(scheme: str, *samples: Sample, plane: str = "grpc") -> Row:
+    return row(Key(scheme, "int8", plane), LOAD, Taken(list(samples), {"client": 1}))
 
 
 def rows() -> list[Row]:
-    plain = row("plain", "int8", [sample([0.010]), sample([0.012]), sample([0.030])], {"client": 1})
-    masked = row("secure-infer", "int8", [sample([0.024]), sample([0.022]), sample([0.048])], {"client": 1})
+    plain = made("plain", sample([0.010]), sample([0.012]), sample([0.030]))
+    masked = made("secure-infer", sample([0.024]), sample([0.022], first=1.5), sample([0.048], first=1.5))
     return relative([plain, masked, replace(masked, precision="float32")])
 
 
@@ -25,7 +31,7 @@ def test_medians_and_spreads_over_the_repetitions() -> None:
 
 
 def test_sessions_of_a_batch_add_up_but_each_has_its_own_pace() -> None:
-    found = row("plain", "int8", [sample([0.010, 0.020, 0.040])], {})
+    found = made("plain", sample([0.010, 0.020, 0.040]))
     assert found.ms_per_token == pytest.approx(20)
     assert found.tokens_per_second == pytest.approx(100 + 50 + 25)
 
@@ -35,7 +41,7 @@ def test_figures_per_token_are_over_all_repetitions() -> None:
         sample([0.01], tokens=10, exchanges=250, wire_bytes_up=600, wire_bytes_down=400, products_inside=1),
         sample([0.01], tokens=30, exchanges=750, wire_bytes_up=2000, wire_bytes_down=1000, products_inside=2),
     ]
-    found = row("split", "int8", samples, {})
+    found = made("split", *samples)
     assert found.exchanges_per_token == pytest.approx(25)
     assert found.bytes_per_token == pytest.approx(100)
     assert found.cpu_seconds_per_token == pytest.approx({"client": 0.005, "trusted_worker": 0.01, "gpu_worker": 0.02})
@@ -44,9 +50,40 @@ def test_figures_per_token_are_over_all_repetitions() -> None:
 
 def test_plain_is_the_measure_at_equal_precision_only() -> None:
     plain, masked, other = rows()
-    assert plain.of_plain == 1.0
+    assert (plain.of_plain, plain.first_token_of_plain) == (1.0, 1.0)
     assert masked.of_plain == pytest.approx(0.5)
-    assert other.of_plain is None
+    assert masked.first_token_of_plain == pytest.approx(3)
+    assert other.of_plain is other.first_token_of_plain is None
+
+
+def test_plain_is_the_measure_over_the_same_plane_and_under_the_same_load() -> None:
+    slow, fast = made("plain", sample([0.02])), made("plain", sample([0.01]), plane="stream")
+    masked, inside = made("secure-infer", sample([0.04])), made("tee-only", sample([0.01]), plane="-")
+    longer = replace(masked, context=900)
+    found = relative([slow, fast, masked, inside, longer])
+    assert [one.of_plain for one in found] == [1, 1, pytest.approx(0.5), pytest.approx(1), None]
+
+
+def test_sustained_is_one_token_and_one_pad_after_the_other() -> None:
+    padded = [replace(sample([0.02, 0.02]), pad=Refill(0.004, wall)) for wall in (0.01, 0.02, 0.015)]
+    found = made("secure-infer", *padded)
+    assert found.tokens_per_second == pytest.approx(100)
+    assert found.tokens_per_second_sustained == pytest.approx(1 / (0.01 + 0.015))
+    used, sustained = found.cpu_seconds_per_token, found.cpu_seconds_per_token_sustained
+    assert sustained == pytest.approx(used | {"trusted_worker": used["trusted_worker"] + 0.004})
+    assert made("plain", sample([0.02])).tokens_per_second_sustained == pytest.approx(50)
+
+
+def test_an_exchange_is_what_the_worker_did_not_compute() -> None:
+    found = made("split", sample([0.01], exchanges=100, exchange_seconds=0.3, worker_seconds=0.1))
+    assert found.exchange_us == pytest.approx(2000)
+    assert made("tee-only", sample([0.01])).exchange_us is None
+
+
+def test_products_of_prompts_are_counted_apart() -> None:
+    one = replace(sample([0.01], products_inside=3), prompts=(ZERO, replace(ZERO, products_inside=40)))
+    found = made("secure-infer", one, one)
+    assert (found.products_inside, found.prompt_products_inside) == (6, 80)
 
 
 def test_shares_add_up_to_the_steps() -> None:
@@ -56,28 +93,7 @@ def test_shares_add_up_to_the_steps() -> None:
 
 
 def test_the_pad_s_cost_is_the_median_of_those_that_were_made() -> None:
-    samples = [replace(sample([0.01]), pad=pad) for pad in (None, 0.003, 0.001, 0.002)]
-    assert row("secure-infer", "int8", samples, {}).pad_seconds_per_token == 0.002
-    assert row("plain", "int8", samples[:1], {}).pad_seconds_per_token is None
-
-
-KEYS = (
-    "scheme precision ms_per_token ms_per_token_spread of_plain tokens_per_second time_to_first_token "
-    "exchanges_per_token bytes_per_token cpu_seconds_per_token shares pad_seconds_per_token products_inside memory_peak"
-)
-
-
-def test_json_has_the_keys_that_others_read() -> None:
-    found = json.loads(json.dumps(as_dicts(rows())))
-    for one in found:
-        assert set(KEYS.split()) <= set(one)
-
-
-def test_the_table_has_a_line_for_every_row() -> None:
-    what = {"model": "demo", "context": 3, "tokens": 10, "batch": 1, "repeat": 3, "interleaved": "x", "machine": "m"}
-    what |= {"tee_profile": "", "switch_us": 0, "data_plane": "grpc"}
-    lines = bench_table(what | {"rows": as_dicts(rows())}).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + 3
-    assert len({line.count("|") for line in table}) == 1
-    assert "| secure-infer | int8 | 24.00 | 22.00 to 48.00 |" in table[3]
+    pads = (None, Refill(0.003, 0.03), Refill(0.001, 0.01), Refill(0.002, 0.05))
+    found = made("secure-infer", *(replace(sample([0.01]), pad=pad) for pad in pads))
+    assert (found.pad_seconds_per_token, found.pad_wall_seconds_per_token) == (0.002, 0.03)
+    assert made("plain", sample([0.01])).pad_seconds_per_token is None
