@@ -34,7 +34,7 @@ from evaluation.measure import Load, Rig
 from evaluation.planner import Planner, budget_flag, worker_flags
 from evaluation.roofline import Rates
 from evaluation.rounds import Found, measure
-from evaluation.rows import relative, row
+from evaluation.rows import rows
 from evaluation.shapes import model_folder
 from evaluation.sizing import LEAST_BYTES, available_bytes, curve_budgets, least, pad_bank
 from evaluation.soak import Plan, Soak
@@ -148,8 +148,7 @@ def _rates(progress: Progress) -> Rates | None:
 
 def _rows(folder: Path, found: Found, tokens: int, rates: Rates | None) -> list[dict[str, Any]]:
     config = ModelConfig.from_hf(folder)
-    rows = relative([row(key, load, taken) for (key, load), taken in found.items()])
-    return [asdict(one) | roofline.as_dict(config, one, tokens, rates) for one in rows]
+    return [asdict(one) | roofline.as_dict(config, one, tokens, rates) for one in rows(found)]
 
 
 def _places(options: argparse.Namespace, config: ModelConfig, trial: Trial) -> list[Place]:

@@ -183,7 +183,7 @@ def _ratio(one: dict[str, Any]) -> list[str]:
 def _by_context(rows: Rows, contexts: list[int]) -> list[list[str]]:
     found = {(*_name(row), row["batch"], row["context"]): row["ms_per_token"] for row in rows}
     kinds = dict.fromkeys(key[:4] for key in found)
-    return [[*map(str, kind), *(f"{found[*kind, one]:.2f}" for one in contexts)] for kind in kinds]
+    return [[*map(str, kind), *(_number(found.get((*kind, one)), 2) for one in contexts)] for kind in kinds]
 
 
 def _way(way: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from client.session import Request, Session, connect
 from client.turn import Pacing
 from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
 from evaluation.processes import cpu_seconds, resident_bytes
+from evaluation.refill import Glimpse, Refill, Watch
 from wire.errors import CleaveError, ContextError, DeadlineError, ExhaustedError
 from wire.kv_pages import PAGE_TOKENS
 from wire.model_config import ModelConfig
@@ -29,8 +30,6 @@ from wire.model_config import ModelConfig
 FURTHER_TURNS = 16  # that an answer has room for
 PAD_SECONDS = 3600.0  # longest wait for a full bank
 POLL_SECONDS = 0.1
-QUIET_SECONDS = 0.5  # a trusted worker that idled for so long has a full bank
-IDLE_SHARE = 0.1  # of a core: a trusted worker that uses less makes no pads
 STEP_SECONDS = 600.0
 WARM_TOKENS = 64
 CLIENT = "client"
@@ -56,14 +55,6 @@ class Load:
     def decoded(self) -> int:
         """Rows of one decode phase."""
         return self.batch * (self.tokens + 1)
-
-
-@dataclass(frozen=True)
-class Refill:
-    """Seconds for one pad, of those that were made in one go."""
-
-    cpu: float  # of the trusted worker
-    wall: float
 
 
 @dataclass(frozen=True)
@@ -159,24 +150,23 @@ class Rig:
 
     def _fill_bank(self) -> Refill | None:
         """Wait until no more pads are made. What one of those made meanwhile took, if there are any."""
-        counters, started = self._worker.counters(), time.monotonic()
-        if not counters.pads_capacity:
+        capacity = self._worker.counters().pads_capacity
+        if not capacity:
             return None
-        pid = self._cluster.pids[TRUSTED_WORKER]
-        first, stock = cpu_seconds(pid), counters.pads_in_stock
-        used, quiet, grown, seen = first, started, started, stock
-        while time.monotonic() - quiet < QUIET_SECONDS or 2 * seen <= counters.pads_capacity:
-            self._progress("making one-time pads", time.monotonic() - started)
-            time.sleep(POLL_SECONDS)
-            now, found, cpu = time.monotonic(), self._worker.counters().pads_in_stock, cpu_seconds(pid)
-            if found > seen:
-                grown, seen = now, found
-            if found > seen or cpu - used > IDLE_SHARE * QUIET_SECONDS:
-                used, quiet = cpu, now
-            if now - started > PAD_SECONDS:
+        first = self._glimpse()
+        watch = Watch(first, capacity)
+        while not watch.resting:
+            waited = time.monotonic() - first.now
+            self._progress("making one-time pads", waited)
+            if waited > PAD_SECONDS:
                 raise DeadlineError(f"the bank of pads was not full after {PAD_SECONDS:g} s: try a smaller --pad-bank")
-        made = seen - stock
-        return Refill((used - first) / made, (grown - started) / made) if made > 0 else None
+            time.sleep(POLL_SECONDS)
+            watch.see(self._glimpse())
+        return watch.refill
+
+    def _glimpse(self) -> Glimpse:
+        stock, cpu = self._worker.counters().pads_in_stock, cpu_seconds(self._cluster.pids[TRUSTED_WORKER])
+        return Glimpse(time.monotonic(), stock, cpu)
 
     def _cpu(self) -> dict[str, float]:
         return {ROLES[role]: cpu_seconds(pid) for role, pid in self._pids().items()}

@@ -7,7 +7,8 @@ from functools import partial
 
 from deploy.local.cluster import TRUSTED_WORKER
 from evaluation.measure import ROLES, Load, Sample
-from evaluation.rounds import Key, Taken
+from evaluation.refill import Refill
+from evaluation.rounds import Found, Key, Taken
 
 TRUSTED = ROLES[TRUSTED_WORKER]
 
@@ -49,13 +50,20 @@ class Row:
     resident: dict[str, int] = field(default_factory=dict)  # by role
 
 
-def row(key: Key, load: Load, taken: Taken) -> Row:
-    """The figures of one row, without those relative to plain."""
+def rows(found: Found) -> list[Row]:
+    """All rows. What a pad takes does not depend on the load, so it is that of all loads together."""
+    pads: dict[Key, list[Refill]] = {key: [] for key, _ in found}
+    for (key, _), taken in found.items():
+        pads[key] += [sample.pad for sample in taken.samples if sample.pad]
+    return _relative([row(key, load, taken, pads[key]) for (key, load), taken in found.items()])
+
+
+def row(key: Key, load: Load, taken: Taken, pads: Sequence[Refill] = ()) -> Row:
+    """The figures of one row, without those relative to plain. `pads`: some that were made for it."""
     samples, last = taken.samples, taken.samples[-1].after
     gaps = [1000 * statistics.median(sample.gaps) for sample in samples]
     rate = statistics.median(sum(1 / gap for gap in sample.gaps) for sample in samples)
-    pads = [sample.pad for sample in samples]
-    cpu, wall = (_median_of_some([getattr(pad, kind) for pad in pads if pad]) for kind in ("cpu", "wall"))
+    cpu, wall = (_median_of_some([getattr(pad, kind) for pad in pads]) for kind in ("cpu", "wall"))
     used = {role: _per_token(samples, partial(_cpu, role)) for role in samples[0].cpu}
     return Row(
         *key,
@@ -99,7 +107,7 @@ def shares(samples: Sequence[Sample]) -> dict[str, float] | None:
     return {"worker": worker / step, "exchange": (exchange - worker) / step, "trusted": (step - exchange) / step}
 
 
-def relative(rows: Sequence[Row]) -> list[Row]:
+def _relative(rows: Sequence[Row]) -> list[Row]:
     """The rows with their speed relative to plain's at the same precision, under the same load, where that is known.
 
     Over the same plane; a row without one stands beside the fastest plain.

@@ -30,8 +30,8 @@ _CURVE_COLUMNS = (
     "peak",
 )
 
-
 _EXTRACTION_COLUMNS = ("attacker", "token match", "95 %", "the student alone", "rows recorded", "conversations read")
+_PLANES = {"stream": "over the stream socket", "both": "over gRPC and the stream socket"}  # where it is not gRPC alone
 
 
 def curve_table(result: dict[str, Any]) -> str:
@@ -68,7 +68,7 @@ def head(what: str, result: dict[str, Any]) -> list[str]:
     """The lines above a table: what was measured, and on what."""
     profile = [f"in {result['tee_profile']}"] if result["tee_profile"] else []
     charged = [f"{result['switch_us']} us charged for each exchange"] if result["switch_us"] else []
-    plane = ["over the stream socket"] if result["data_plane"] == "stream" else []
+    plane = [_PLANES[result["data_plane"]]] if result["data_plane"] in _PLANES else []
     return [", ".join([what, *profile, *plane, *charged]), result["machine"]]
 
 

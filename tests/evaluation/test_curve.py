@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from evaluation.curve import Meter, Place, Point, Trial, as_dicts, measure_point, speed
-from evaluation.measure import Load, Refill, Sample
+from evaluation.measure import Load, Sample
+from evaluation.refill import Refill
 from evaluation.tables import curve_table
 from tests.evaluation.samples import ZERO, sample
 from wire.errors import CleaveError, UnavailableError

@@ -42,7 +42,12 @@ def test_answers_are_those_of_generate_whatever_the_cache(model: Any) -> None:
 def test_the_faster_cache_is_used_from_then_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, made = Generator(model, torch), list[str]()
     keep = generator._new_cache
-    monkeypatch.setattr(generator, "_new_cache", lambda kind, size: [made.append(kind), keep(kind, size)][1])
+
+    def note(kind: str, size: int) -> Any:
+        made.append(kind)
+        return keep(kind, size)
+
+    monkeypatch.setattr(generator, "_new_cache", note)
     times = iter([2.0, 3.0, 1.0, 4.0])
     monkeypatch.setattr(generator, "_timed", lambda: next(times))
     assert generator.tune(PROMPTS, 2) == "static"

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from client.shapes import shape
-from evaluation.measure import Load, Refill
+from evaluation.measure import Load
+from evaluation.refill import Refill
 from evaluation.roofline import Rates, as_dict, cache_bytes, prompt_macs, refill_macs_per_second, roofline, weight_bytes
 from evaluation.rounds import Key, Taken
 from evaluation.rows import Row, row
@@ -67,12 +68,11 @@ def test_rows_that_exchange_or_read_from_disk_have_none() -> None:
 
 
 def test_a_refill_s_rate_counts_the_lookup_where_there_is_one() -> None:
-    load = Load(100, 20, 1)
-    pads = replace(sample([0.05]), pad=Refill(0.01, 0.02))
-    looked_up = replace(sample([0.05], embedding="lookup"), pad=Refill(0.01, 0.02))
-    key = Key("secure-infer", "int8", "grpc")
-    assert refill_macs_per_second(CONFIG, row(key, load, Taken([pads]))) == pytest.approx((BLOCKS + HEAD) / 0.02)
-    found = refill_macs_per_second(CONFIG, row(key, load, Taken([looked_up])))
+    load, key, pads = Load(100, 20, 1), Key("secure-infer", "int8", "grpc"), [Refill(0.01, 0.02)]
+    usual = row(key, load, Taken([sample([0.05])]), pads)
+    assert refill_macs_per_second(CONFIG, usual) == pytest.approx((BLOCKS + HEAD) / 0.02)
+    looked_up = row(key, load, Taken([sample([0.05], embedding="lookup")]), pads)
+    found = refill_macs_per_second(CONFIG, looked_up)
     assert found == pytest.approx((BLOCKS + 2 * HEAD) / 0.02)
     assert refill_macs_per_second(CONFIG, made("plain", "int8")) is None
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.measure import Load, Refill, Sample
-from evaluation.rounds import Key, Taken
-from evaluation.rows import Row, relative, row, shares, spread
+from evaluation.measure import Load, Sample
+from evaluation.refill import Refill
+from evaluation.rounds import Found, Key, Taken
+from evaluation.rows import Row, row, rows, shares, spread
 from tests.evaluation.samples import ZERO, sample
 
 LOAD = Load(32, 10, 1)
@@ -16,14 +17,16 @@ def made(scheme: str, *samples: Sample, plane: str = "grpc") -> Row:
     return row(Key(scheme, "int8", plane), LOAD, Taken(list(samples), {"client": 1}))
 
 
-def rows() -> list[Row]:
-    plain = made("plain", sample([0.010]), sample([0.012]), sample([0.030]))
-    masked = made("secure-infer", sample([0.024]), sample([0.022], first=1.5), sample([0.048], first=1.5))
-    return relative([plain, masked, replace(masked, precision="float32")])
+def padded(gaps: list[float], *pads: Refill) -> Row:
+    return row(Key("secure-infer", "int8", "grpc"), LOAD, Taken([sample(gaps)]), pads)
+
+
+def taken(scheme: str, gaps: list[float], plane: str = "grpc", load: Load = LOAD) -> Found:
+    return {(Key(scheme, "int8", plane), load): Taken([sample([gap], first=10 * gap) for gap in gaps])}
 
 
 def test_medians_and_spreads_over_the_repetitions() -> None:
-    plain = rows()[0]
+    plain = made("plain", sample([0.010]), sample([0.012]), sample([0.030]))
     assert plain.ms_per_token == pytest.approx(12)
     assert plain.ms_per_token_spread == pytest.approx([10, 30])
     assert plain.tokens_per_second == pytest.approx(1 / 0.012)
@@ -49,24 +52,24 @@ def test_figures_per_token_are_over_all_repetitions() -> None:
 
 
 def test_plain_is_the_measure_at_equal_precision_only() -> None:
-    plain, masked, other = rows()
-    assert (plain.of_plain, plain.first_token_of_plain) == (1.0, 1.0)
-    assert masked.of_plain == pytest.approx(0.5)
-    assert masked.first_token_of_plain == pytest.approx(3)
-    assert other.of_plain is other.first_token_of_plain is None
+    masked = taken("secure-infer", [0.024, 0.022, 0.048])
+    other = {(Key("split", "float32", "grpc"), LOAD): masked[next(iter(masked))]}
+    found = rows(taken("plain", [0.010, 0.012, 0.030]) | masked | other)
+    assert (found[0].of_plain, found[0].first_token_of_plain) == (1.0, 1.0)
+    assert found[1].of_plain == pytest.approx(0.5)
+    assert found[1].first_token_of_plain == pytest.approx(2)
+    assert found[2].of_plain is found[2].first_token_of_plain is None
 
 
 def test_plain_is_the_measure_over_the_same_plane_and_under_the_same_load() -> None:
-    slow, fast = made("plain", sample([0.02])), made("plain", sample([0.01]), plane="stream")
-    masked, inside = made("secure-infer", sample([0.04])), made("tee-only", sample([0.01]), plane="-")
-    longer = replace(masked, context=900)
-    found = relative([slow, fast, masked, inside, longer])
+    plain = taken("plain", [0.02]) | taken("plain", [0.01], "stream")
+    others = taken("secure-infer", [0.04]) | taken("tee-only", [0.01], "-")
+    found = rows(plain | others | taken("secure-infer", [0.04], load=Load(900, 10, 1)))
     assert [one.of_plain for one in found] == [1, 1, pytest.approx(0.5), pytest.approx(1), None]
 
 
 def test_sustained_is_one_token_and_one_pad_after_the_other() -> None:
-    padded = [replace(sample([0.02, 0.02]), pad=Refill(0.004, wall)) for wall in (0.01, 0.02, 0.015)]
-    found = made("secure-infer", *padded)
+    found = padded([0.02, 0.02], *(Refill(0.004, wall) for wall in (0.01, 0.02, 0.015)))
     assert found.tokens_per_second == pytest.approx(100)
     assert found.tokens_per_second_sustained == pytest.approx(1 / (0.01 + 0.015))
     used, sustained = found.cpu_seconds_per_token, found.cpu_seconds_per_token_sustained
@@ -93,7 +96,14 @@ def test_shares_add_up_to_the_steps() -> None:
 
 
 def test_the_pad_s_cost_is_the_median_of_those_that_were_made() -> None:
-    pads = (None, Refill(0.003, 0.03), Refill(0.001, 0.01), Refill(0.002, 0.05))
-    found = made("secure-infer", *(replace(sample([0.01]), pad=pad) for pad in pads))
+    found = padded([0.01], Refill(0.003, 0.03), Refill(0.001, 0.01), Refill(0.002, 0.05))
     assert (found.pad_seconds_per_token, found.pad_wall_seconds_per_token) == (0.002, 0.03)
     assert made("plain", sample([0.01])).pad_seconds_per_token is None
+
+
+def test_a_row_has_the_pads_of_all_loads_and_of_no_other_row() -> None:
+    key, none = Key("secure-infer", "int8", "grpc"), sample([0.01])
+    pads = [replace(none, pad=Refill(0.1, wall)) for wall in (0.01, 0.03)]
+    found = rows({(key, LOAD): Taken([none, pads[0]]), (key, Load(900, 10, 1)): Taken([pads[1], none])})
+    found += rows({(Key("secure-infer", "int8", "stream"), LOAD): Taken([none])})
+    assert [one.pad_wall_seconds_per_token for one in found] == [pytest.approx(0.02), pytest.approx(0.02), None]
