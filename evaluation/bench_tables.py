@@ -65,6 +65,7 @@ def bench_table(result: dict[str, Any]) -> str:
     """All tables, under lines that say what they are of."""
     what = f"{result['model']}, {result['tokens']} tokens decoded, median of {result['repeat']}"
     what += f" ({result['interleaved']})" + (", pads for all prompt rows" if result["prefill"] == "worker" else "")
+    what += f", projections {result['projections']}" if result["projections"] else ""
     rows: Rows = result["rows"]
     lines = [*head(what, result), *result["notes"], "", *table(_COLUMNS, map(_cells, rows))]
     lines += _section(

@@ -36,7 +36,8 @@ _MEASURING: dict[str, Any] = {
     "markdown": False,
 }
 _BENCH = _ONE_BUDGET | _MEASURING
-_BENCH |= {"schemes": BENCHED, "precision": "both", "one_at_a_time": False, "prefill": "auto", "plot": None}
+_BENCH |= {"schemes": BENCHED, "precision": "both", "one_at_a_time": False, "prefill": "auto"}
+_BENCH |= {"projections": None, "plot": None}
 _CURVE = _MEASURING | {
     "schemes": ("tee-only", "secure-infer"),
     "precision": "int8",
@@ -108,6 +109,11 @@ def _add_bench(add: Callable[..., Any]) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
     add("--one-at-a-time", action="store_true", default=None, help="start each cluster anew for every repetition")
     add("--prefill", choices=("auto", "worker"), help="worker: pads for all rows of prompts, too; default: auto")
+    add(
+        "--projections",
+        choices=("gpu", "trusted", "auto"),
+        help="where secure-infer multiplies qkv and o; default: gpu",
+    )
     add("--markdown", action="store_true", default=None, help="print the tables with --json, too")
     add("--plot", type=Path, metavar="FILE.png", help="draw the speeds, or the curve; needs matplotlib")
 
@@ -193,8 +199,10 @@ def _rows(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[
     missing = set(options.schemes) - {scheme for scheme, _ in rows}
     if missing and options.named:
         parser.error(f"{', '.join(sorted(missing))} cannot run at --precision {options.precision}")
-    if not options.work and options.prefill == "worker" and ("secure-infer", "int8") not in rows:
-        parser.error("--prefill worker is of secure-infer, which is not among the rows")
+    if not options.work and ("secure-infer", "int8") not in rows:
+        for flag, given in (("--prefill worker", options.prefill == "worker"), ("--projections", options.projections)):
+            if given:
+                parser.error(f"{flag} is of secure-infer, which is not among the rows")
     return rows
 
 

@@ -1,11 +1,14 @@
 """What a run of the bench starts: the settings of every row's cluster, and whether all of them fit into memory."""
 
 import argparse
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from client.terminal import size
 from deploy.local.cluster import Settings
 from evaluation import reference
 from evaluation.flags import OUTSIDE_NOTHING
@@ -13,6 +16,7 @@ from evaluation.measure import Load, Progress, Rig
 from evaluation.reference import TRANSFORMERS, Reference
 from evaluation.rounds import Key, Start
 from evaluation.sizing import FILL, available_bytes, library_bytes, sizes
+from wire.errors import ExhaustedError
 from wire.model_config import ModelConfig
 
 
@@ -31,10 +35,10 @@ class Planner:
     def __init__(self, options: argparse.Namespace, folder: Path, loads: Sequence[Load], progress: Progress) -> None:
         self._options, self._folder, self._loads, self._progress = options, folder, loads, progress
         self._config, self._available = ModelConfig.from_hf(folder), available_bytes()
-        self._taken = 0
+        self._taken = self._parked = 0
 
     def plan(self) -> Plan:
-        """Raises ContextError for a context that the model lacks."""
+        """Raises ContextError for a context that the model lacks, ExhaustedError for pads that the disk cannot hold."""
         starts, notes = dict[Key, Start](), list[str]()
         if any(scheme == TRANSFORMERS for scheme, _ in self._options.rows) and (why := reference.missing()):
             notes.append(why)
@@ -51,10 +55,23 @@ class Planner:
         options, prompts = self._options, self._options.prefill == "worker"
         needed = sizes(self._config, scheme, precision, self._loads, self._available, prompts)
         self._taken += needed.resident
+        if scheme == "secure-infer":
+            self._require_room(int(options.pad_bank or needed.pad_bank))
         budget, bank = budget_flag(options, needed.memory_budget), str(options.pad_bank or needed.pad_bank)
         more = (*worker_flags(options, plane), "--prefill", options.prefill)
+        if scheme == "secure-infer" and options.projections:
+            more += ("--projections", options.projections)
         settings = Settings(self._folder, scheme, precision, budget, bank, options.device, more=more)
         return partial(Rig, settings, self._loads, self._progress)
+
+    def _require_room(self, bank: int) -> None:
+        self._parked += bank
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if self._parked > FILL * free:
+            raise ExhaustedError(
+                f"the banks of pads would take {size(self._parked)}, and {tempfile.gettempdir()} has {size(free)}: "
+                "leave --prefill worker out, or give --pad-bank, shorter prompts or smaller batches"
+            )
 
     def _library(self, precision: str) -> Start:
         self._taken += library_bytes(self._config, precision)

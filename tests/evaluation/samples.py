@@ -56,5 +56,13 @@ def roofline(seconds: float) -> dict[str, Any]:
 def bench_result(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What --json prints."""
     what = {"model": "demo", "machine": "m", "tee_profile": "", "switch_us": 0, "data_plane": "grpc", "tokens": 10}
-    what |= {"repeat": 3, "interleaved": "x", "prefill": "auto", "notes": [], "ratios": [], "rates": None}
+    what |= {
+        "repeat": 3,
+        "interleaved": "x",
+        "prefill": "auto",
+        "projections": None,
+        "notes": [],
+        "ratios": [],
+        "rates": None,
+    }
     return what | {"rows": list(rows)} | more

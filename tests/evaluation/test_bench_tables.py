@@ -58,9 +58,11 @@ def test_ratios_and_contexts_have_tables_of_their_own() -> None:
 
 
 def test_the_lines_above_say_what_was_measured_and_what_was_left_out() -> None:
-    text = bench_table(bench_result(ROWS[0], notes=["no library"], rates=RATES, prefill="worker", data_plane="both"))
+    what = {"rates": RATES, "prefill": "worker", "projections": "trusted", "data_plane": "both"}
+    text = bench_table(bench_result(ROWS[0], notes=["no library"], **what))
     assert text.splitlines()[:3] == [
-        "demo, 10 tokens decoded, median of 3 (x), pads for all prompt rows, over gRPC and the stream socket",
+        "demo, 10 tokens decoded, median of 3 (x), pads for all prompt rows, projections trusted, "
+        "over gRPC and the stream socket",
         "m",
         "no library",
     ]

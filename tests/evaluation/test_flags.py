@@ -1,5 +1,8 @@
 """The command line of cleave-bench."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from evaluation import flags
@@ -31,6 +34,7 @@ BAD = {
     "half a list": (["--batch", "1,"], "whole number from 1"),
     "bfloat16 of a scheme": (["--schemes", "plain", "--precision", "bfloat16"], "plain cannot run"),
     "pads for prompts without pads": (["--schemes", "plain", "--prefill", "worker"], "is of secure-infer"),
+    "projections of no masks": (["--schemes", "split", "--projections", "auto"], "--projections is of secure-infer"),
     "pads for prompts of a curve": (["--budget-curve", "--prefill", "worker"], "--prefill does not go with"),
     "a context of fhe": (["--fhe", "--context", "8"], "--context does not go with --fhe"),
     "a plane of fhe": (["--fhe", "--data-plane", "stream"], "--fhe is of one linear"),
@@ -73,6 +77,14 @@ def test_contexts_batches_and_planes_are_lists() -> None:
     options = flags.parse(["--context", "4096,128,128", "--batch", "8,1", "--data-plane", "both", "--plot", "a.png"])
     assert (options.context, options.batch) == ((128, 4096), (1, 8))
     assert options.planes == ("grpc", "stream")
+
+
+def test_every_command_of_the_page_on_benchmarks_is_accepted() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "README.md").read_text("utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("cleave-bench ")]
+    assert lines
+    for line in lines:
+        flags.parse(shlex.split(line)[1:])
 
 
 def test_an_encryption_has_no_rows_and_its_own_defaults() -> None:

@@ -1,5 +1,6 @@
 """From flags to what is started; nothing is."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from evaluation import flags, planner, reference
 from evaluation.measure import Load
 from evaluation.planner import Plan, Planner, budget_flag, worker_flags
 from evaluation.rounds import Key
+from wire.errors import ExhaustedError
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
@@ -56,6 +58,20 @@ def test_pads_for_prompts_are_asked_for_and_have_room() -> None:
     assert usual.more[-2:] == ("--prefill", "auto")
     assert more.more[-2:] == ("--prefill", "worker")
     assert int(more.pad_bank) > int(usual.pad_bank)
+
+
+def test_projections_are_those_of_secure_infer_alone() -> None:
+    found = plan("--schemes", "plain,secure-infer", "--precision", "int8", "--projections", "trusted")
+    plain, masked = (settings(start).more for start in found.starts.values())
+    assert "--projections" not in plain
+    assert masked[-2:] == ("--projections", "trusted")
+
+
+def test_pads_that_the_disk_cannot_hold_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=1 << 20))
+    with pytest.raises(ExhaustedError, match="the banks of pads would take"):
+        plan("--schemes", "secure-infer", "--context", "256", "--prefill", "worker")
 
 
 def test_what_does_not_fit_together_is_started_anew_for_every_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
