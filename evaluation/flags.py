@@ -36,7 +36,7 @@ _MEASURING: dict[str, Any] = {
     "markdown": False,
 }
 _BENCH = _ONE_BUDGET | _MEASURING
-_BENCH |= {"schemes": BENCHED, "precision": "both", "one_at_a_time": False, "prefill": "auto"}
+_BENCH |= {"schemes": BENCHED, "precision": "both", "one_at_a_time": False, "prefill": "auto", "no_compile": False}
 _BENCH |= {"projections": None, "plot": None}
 _CURVE = _MEASURING | {
     "schemes": ("tee-only", "secure-infer"),
@@ -108,6 +108,7 @@ def _add_bench(add: Callable[..., Any]) -> None:
     add("--repeat", type=_integer(1, 1000), metavar="N", help="answers of each row; default: 5")
     add("--device", choices=("auto", "cpu", "cuda"), help="of the GPU worker; default: auto")
     add("--one-at-a-time", action="store_true", default=None, help="start each cluster anew for every repetition")
+    add("--no-compile", action="store_true", default=None, help="leave torch.compile out of transformers' rows")
     add("--prefill", choices=("auto", "worker"), help="worker: pads for all rows of prompts, too; default: auto")
     add(
         "--projections",

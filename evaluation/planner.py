@@ -75,7 +75,8 @@ class Planner:
 
     def _library(self, precision: str) -> Start:
         self._taken += library_bytes(self._config, precision)
-        return partial(Reference, self._folder, precision, self._options.device, self._loads, self._progress)
+        how = precision, self._options.device, not self._options.no_compile
+        return partial(Reference, self._folder, *how, self._loads, self._progress)
 
 
 def budget_flag(options: argparse.Namespace, default: int) -> str | None:

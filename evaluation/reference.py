@@ -38,8 +38,11 @@ def missing() -> str | None:
 class Reference:
     """The running library, with one model. A context manager; to be entered in the main thread."""
 
-    def __init__(self, folder: Path, precision: str, device: str, loads: Sequence[Load], progress: Progress) -> None:
-        self._folder, self._precision, self._device = folder, precision, device
+    def __init__(
+        self, folder: Path, precision: str, device: str, compiles: bool, loads: Sequence[Load], progress: Progress
+    ) -> None:
+        """`compiles`: torch.compile is tried, too, which takes up to a minute for each load."""
+        self._folder, self._precision, self._device, self._compiles = folder, precision, device, compiles
         self._loads, self._progress = loads, progress
         self._vocabulary = ModelConfig.from_hf(folder).vocabulary
         self._stack = ExitStack()
@@ -111,5 +114,6 @@ class Reference:
 
     def _argv(self, path: str) -> list[str]:
         argv = ["-m", "evaluation.reference_worker", "--model", str(self._folder.resolve()), "--socket", path]
+        argv += ["--compile"] if self._compiles else []
         threads = str(os.cpu_count() or 1)
         return [*argv, "--precision", self._precision, "--device", self._device, "--threads", threads]

@@ -2,22 +2,24 @@
 
 Started by reference.py. Requests and answers are lines of JSON. {"prompts": [[id, ...], ...], "room": n}, of prompts
 of equal lengths, gives one line of token ids, the first of each answer; {"tokens": n} then gives n more lines, one for
-each step. {"tune": ...} with the same prompts finds out which cache is faster for such a batch, and gives its name.
+each step. {"tune": ...} with the same prompts finds out which way to decode is the fastest for such a batch.
 
 What was tried for speed, and is used or not: inference mode; logits of the last row only; scaled dot product attention
-(eager is slower); a cache that grows, or a static one: whichever is faster for a batch, measured beforehand. int8 is
-weight-only: every linear, the head too, is replaced by `torch._weight_int8pack_mm` over our own integers. It is fastest
-with bfloat16 activations (five times slower with float32), and slow for many rows: from PACKED_ROWS on, weights are
-turned into bfloat16 for each product instead.
+(eager is slower); a cache that grows, a static one, or a static one and decode steps compiled by torch.compile: the
+fastest for a batch, measured beforehand. (On two cores compiling did nothing for bfloat16 and saved int8 a sixth.)
+int8 is weight-only: every linear, the head too, is replaced by `torch._weight_int8pack_mm` over our own integers. It is
+fastest with bfloat16 activations (five times slower with float32), and slow for many rows: from PACKED_ROWS on, weights
+are turned into bfloat16 for each product instead.
 """
 
 import argparse
 import json
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from wire.quantize import quantize_rows
 SPIN_COUNT = "2000"  # of waiting OpenMP threads, as the GPU worker has it
 PACKED_ROWS = 20
 TUNING_STEPS = 12
+MOST_SHAPES = 64  # that are compiled, of batches and lengths
+WAYS = DYNAMIC, STATIC, COMPILED = "dynamic", "static", "compiled"
 
 
 def main() -> None:
@@ -34,13 +38,18 @@ def main() -> None:
     options = _parse()
     die_with_parent(options.parent)
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    folder = Path(options.socket).parent / "compiled"
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no more processes
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     import torch
 
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
-        generator = Generator(load(options.model, options.precision, device), torch)
+        generator = Generator(
+            load(options.model, options.precision, device), torch, WAYS[: 3 if options.compile else 2]
+        )
         with socket.create_server(options.socket, family=socket.AF_UNIX) as server:
             print("serving", flush=True)
             connection, _ = server.accept()
@@ -51,43 +60,54 @@ def main() -> None:
 class Generator:
     """Greedy decoding of a batch, token by token, over a cache of keys and values."""
 
-    def __init__(self, model: Any, torch: Any) -> None:
-        self._model, self._torch = model, torch
+    def __init__(self, model: Any, torch: Any, ways: Sequence[str]) -> None:
+        self._model, self._torch, self._ways = model, torch, ways
+        self._compiled = torch.compile(model, dynamic=False)  # at its first call, and for every new shape
         self._best: dict[tuple[int, int], str] = {}  # by batch and length of its prompts
 
-    def begin(self, prompts: list[list[int]], room: int, kind: str = "") -> list[int]:
-        """The first token of each answer. `room`: tokens that follow, at most. `kind`: of cache, if not the best."""
+    def begin(self, prompts: list[list[int]], room: int, way: str = "") -> list[int]:
+        """The first token of each answer. `room`: tokens that follow, at most. `way`: of WAYS, if not the best."""
         self._last = self._torch.tensor(prompts, device=self._model.device)
         shape = len(prompts), len(prompts[0])
-        self._cache = self._new_cache(kind or self._best.get(shape, "dynamic"), shape[1] + room + 1)
-        return self.step()
+        self._way = way or self._best.get(shape, self._ways[0])
+        self._cache = self._new_cache(self._way, shape[1] + room + 1)
+        return self._next(self._model)
 
     def step(self) -> list[int]:
         """The next token of each answer."""
-        found = self._model(self._last, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return self._next(self._compiled if self._way == COMPILED else self._model)
+
+    def _next(self, forward: Callable[..., Any]) -> list[int]:
+        found = forward(self._last, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._last = found.logits[:, -1].argmax(-1, keepdim=True)
         tokens: list[int] = self._last[:, 0].tolist()
         return tokens
 
     def tune(self, prompts: list[list[int]], room: int) -> str:
-        """The cache whose fastest step is the faster one; it is used for such batches from now on."""
-        times: dict[str, float] = {}
-        for kind in ("dynamic", "static"):
-            self.begin(prompts, room, kind)
-            times[kind] = min(self._timed() for _ in range(min(room, TUNING_STEPS)))
-        best = self._best[len(prompts), len(prompts[0])] = min(times, key=lambda kind: times[kind])
+        """The way whose fastest step is the fastest; it is used for such batches from now on."""
+        times = {way: self._fastest(prompts, room, way) for way in self._ways}
+        best = self._best[len(prompts), len(prompts[0])] = min(times, key=lambda way: times[way])
         return best
+
+    def _fastest(self, prompts: list[list[int]], room: int, way: str) -> float:
+        """Seconds of a step; infinite where there is no compiler."""
+        self.begin(prompts, room, way)
+        try:
+            return min(self._timed() for _ in range(min(room, TUNING_STEPS)))
+        except self._torch._dynamo.exc.TorchDynamoException as error:
+            print(f"torch.compile: {type(error).__name__}", file=sys.stderr)
+            return math.inf
 
     def _timed(self) -> float:
         started = time.perf_counter()
         self.step()
         return time.perf_counter() - started
 
-    def _new_cache(self, kind: str, size: int) -> Any:
+    def _new_cache(self, way: str, size: int) -> Any:
         from transformers import DynamicCache, StaticCache
 
         config = self._model.config
-        return StaticCache(config=config, max_cache_len=size) if kind == "static" else DynamicCache(config=config)
+        return DynamicCache(config=config) if way == DYNAMIC else StaticCache(config=config, max_cache_len=size)
 
 
 def serve(file: Any, generator: Generator) -> None:
@@ -171,6 +191,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--socket", required=True)
+    parser.add_argument("--compile", action="store_true", help="try torch.compile, too")
     parser.add_argument("--parent", type=int, required=True)
     return parser.parse_args()
 

@@ -17,7 +17,7 @@ needs_library = pytest.mark.skipif(missing() is not None, reason="transformers i
 
 
 def rig(folder: Path, stages: list[str]) -> Reference:
-    return Reference(folder, "float32", "cpu", [Load(5, 4, 2)], lambda stage, _: stages.append(stage))
+    return Reference(folder, "float32", "cpu", False, [Load(5, 4, 2)], lambda stage, _: stages.append(stage))
 
 
 @needs_library

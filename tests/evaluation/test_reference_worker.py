@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evaluation import reference_worker
-from evaluation.reference_worker import PACKED_ROWS, Generator, load, serve
+from evaluation.reference_worker import PACKED_ROWS, WAYS, Generator, load, serve
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -29,7 +29,7 @@ def inference() -> Iterator[None]:
 
 
 def answer(model: Any, kind: str) -> list[list[int]]:
-    generator = Generator(model, torch)
+    generator = Generator(model, torch, WAYS[:2])
     return [generator.begin(PROMPTS, 6, kind), *(generator.step() for _ in range(6))]
 
 
@@ -40,7 +40,7 @@ def test_answers_are_those_of_generate_whatever_the_cache(model: Any) -> None:
 
 
 def test_the_faster_cache_is_used_from_then_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, made = Generator(model, torch), list[str]()
+    generator, made = Generator(model, torch, WAYS[:2]), list[str]()
     keep = generator._new_cache
 
     def note(kind: str, size: int) -> Any:
@@ -56,6 +56,24 @@ def test_the_faster_cache_is_used_from_then_on(model: Any, monkeypatch: pytest.M
     assert made == ["dynamic", "static", "static", "dynamic"]
 
 
+def test_steps_are_compiled_where_that_is_fastest_and_never_where_there_is_no_compiler(model: Any) -> None:
+    generator = Generator(model, torch, WAYS)
+    calls: list[str] = []
+
+    def compiled(*_: Any, **__: Any) -> Any:
+        calls.append("compiled")
+        raise torch._dynamo.exc.TorchDynamoException
+
+    generator._compiled = compiled
+    assert generator.tune(PROMPTS, 4) in ("dynamic", "static")
+    assert calls == ["compiled"]
+    generator._compiled = lambda *given, **more: [calls.append("again"), model(*given, **more)][1]  # type: ignore[func-returns-value]
+    generator._best[2, 4] = "compiled"
+    first = generator.begin(PROMPTS, 6)
+    assert [first, *(generator.step() for _ in range(6))] == answer(model, "static")
+    assert calls[1:] == ["again"] * 6
+
+
 def test_lines_are_answered_in_order(model: Any) -> None:
     class Both(io.StringIO):
         """Lines that are read, and beside them those that are written."""
@@ -68,7 +86,7 @@ def test_lines_are_answered_in_order(model: Any) -> None:
 
     requests: list[dict[str, Any]] = [{"prompts": PROMPTS, "room": 6}, {"tokens": 6}]
     file = Both("".join(json.dumps(one) + "\n" for one in requests))
-    serve(file, Generator(model, torch))
+    serve(file, Generator(model, torch, WAYS[:2]))
     assert [json.loads(line) for line in file.said.splitlines()] == answer(model, "dynamic")
 
 
