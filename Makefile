@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/wire/v1/*.proto)
 PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --mypy_out=quiet:
 
-.PHONY: install chat test soak lint lint-deploy proto check-proto check-gpu clean
+.PHONY: install chat bench test soak lint lint-deploy proto check-proto check-gpu clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 chat: install
 	@$(BIN)/cleave chat $(ARGS)
+
+bench: install
+	@$(BIN)/cleave-bench $(ARGS)
 
 test: install
 	$(BIN)/pytest $(ARGS)

@@ -1,38 +1,44 @@
 """`cleave-bench`: the protected scheme beside its baselines, in one run, on one machine, over real processes.
 
-A cluster of its own for each scheme and precision; all of them run all the time, and idle ones do nothing. After one
-answer that warms everything up, repetitions go round: one of every row, then again. What a repetition is stands in
-measure.py. Speeds are decode rates as a client sees them. Pads are made between repetitions, so secure-infer is
-measured with pads in stock (online), and the time that making one takes is printed beside it (offline, same cores).
+A cluster of its own for each scheme, precision and data plane, and a process for each row of the transformers library;
+all of them run all the time, and idle ones do nothing. After a short answer that warms everything up, repetitions go
+round: one of every row, then again. What a repetition is stands in measure.py. Speeds are decode rates as a client sees
+them. Pads are made between repetitions, so secure-infer is measured with pads in stock (online); sustained is the speed
+with the making of a pad per token in it.
 
 With --budget-curve: some schemes in many memory budgets (curve.py). With --soak: many clients while things break. With
---extraction: what an attacker reproduces of an adapted model (extraction.py).
+--extraction: what an attacker reproduces of an adapted model (extraction.py). With --fhe: one linear under homomorphic
+encryption (fhe.py). What every figure means: docs/benchmarks/README.md.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from client.terminal import Progress, one_line, size
 from deploy.local.cluster import Settings
-from evaluation import curve, extraction, flags, plot
+from evaluation import bars, curve, extraction, fhe, flags, machine_rates, pictures, plot, ratios, roofline
+from evaluation.bench_tables import bench_table, fhe_table
 from evaluation.curve import Place, Trial, measure_point
 from evaluation.judge import problems
 from evaluation.measure import Load, Rig
-from evaluation.rounds import Key, measure
-from evaluation.rows import as_dicts, relative
+from evaluation.planner import Planner, budget_flag, worker_flags
+from evaluation.roofline import Rates
+from evaluation.rounds import Found, measure
+from evaluation.rows import rows
 from evaluation.shapes import model_folder
-from evaluation.sizing import FILL, LEAST_BYTES, available_bytes, curve_budgets, least, pad_bank, sizes
+from evaluation.sizing import LEAST_BYTES, available_bytes, curve_budgets, least, pad_bank
 from evaluation.soak import Plan, Soak
-from evaluation.tables import bench_table, curve_table, extraction_table, soak_table
+from evaluation.tables import curve_table, extraction_table, soak_table
 from wire.errors import CleaveError
 from wire.model_config import ModelConfig
 
@@ -42,7 +48,7 @@ INTERRUPTED = 130
 def main() -> None:
     """Run what was asked for. Status 1 with one line for what goes wrong, or when the soak or the curve finds it."""
     options, progress = flags.parse(), Progress(sys.stderr)
-    work = {"soak": soak, "budget_curve": budget_curve, "extraction": extract}
+    work = {"soak": soak, "budget_curve": budget_curve, "extraction": extract, "fhe": encrypted}
     chosen = next((run for name, run in work.items() if getattr(options, name)), bench)
     try:
         status = chosen(options, model_folder(options.model, progress), progress)
@@ -54,22 +60,31 @@ def main() -> None:
 
 
 def bench(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
-    """Measure and print. Raises CleaveError."""
-    load = Load(options.context, options.tokens, options.batch)
-    settings, together = _plan(options, folder, load)
-    starts = {key: partial(Rig, one, load, progress) for key, one in settings.items()}
-    rows = relative(measure(starts, options.repeat, together))
+    """Measure, print and draw. Raises CleaveError."""
+    if options.plot:
+        pictures.require(options.plot)
+    loads = [Load(context, options.tokens, batch) for batch in options.batch for context in options.context]
+    plan = Planner(options, folder, loads, progress).plan()
+    before = _rates(progress)
+    found = measure(plan.starts, loads, options.repeat, plan.together)
+    rates = Rates.best([before, machine_rates.measured(progress)]) if before else None
     progress.clear()
-    result = _header(options, folder, "context", "tokens", "batch", "repeat")
-    result["interleaved"] = "running clusters" if together else "clusters started for each repetition"
-    _print(options, result | {"rows": as_dicts(rows)}, bench_table)
+    result = _header(options, folder, "context", "tokens", "batch", "repeat", "prefill", "projections") | {
+        "notes": plan.notes
+    }
+    result["interleaved"] = "running clusters" if plan.together else "clusters started for each repetition"
+    result |= {"rates": asdict(rates) if rates else None, "rows": _rows(folder, found, options.tokens, rates)}
+    result["ratios"] = ratios.as_dicts(ratios.ratios(found))
+    _print(options, result, bench_table)
+    if options.plot:
+        bars.draw(result, options.plot)
     return 0
 
 
 def budget_curve(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
     """Measure, print and draw. Status 1 when a point has no figures that should have some. Raises CleaveError."""
     if options.plot:
-        plot.require(options.plot)
+        pictures.require(options.plot)
     config, load = ModelConfig.from_hf(folder), Load(options.context, options.tokens, options.batch)
     trial = Trial(load, options.repeat, replace(load, context=options.long_context) if options.long_context else None)
     points = []
@@ -88,8 +103,8 @@ def budget_curve(options: argparse.Namespace, folder: Path, progress: Progress) 
 def soak(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
     """One soak for each scheme. Raises CleaveError."""
     result = _header(options, folder, "minutes", "clients", "seed") | {"soaks": []}
-    budget, bank = _budget(options, LEAST_BYTES), str(options.pad_bank or LEAST_BYTES)
-    seconds, more = 60 * options.minutes, _more(options)
+    budget, bank = budget_flag(options, LEAST_BYTES), str(options.pad_bank or LEAST_BYTES)
+    seconds, more = 60 * options.minutes, worker_flags(options, options.data_plane)
     for scheme in options.schemes:
         plan = Plan(folder, scheme, seconds, options.clients, options.seed, budget, bank, more)
         found = Soak(plan, progress, options.log).run()
@@ -111,6 +126,15 @@ def extract(options: argparse.Namespace, folder: Path, progress: Progress) -> in
     return 0
 
 
+def encrypted(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
+    """One linear in three ways. Raises CleaveError."""
+    found = fhe.measure(folder, options.repeat, progress)
+    progress.clear()
+    result = {"machine": machine(), "command": sys.argv[1:], "model": folder.name, "repeat": options.repeat}
+    _print(options, result | found, fhe_table)
+    return 0
+
+
 def machine() -> str:
     """What the figures were taken on."""
     model = platform.processor() or platform.machine()
@@ -119,17 +143,14 @@ def machine() -> str:
     return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {model}, Python {platform.python_version()}"
 
 
-def _plan(options: argparse.Namespace, folder: Path, load: Load) -> tuple[dict[Key, Settings], bool]:
-    """What every row's cluster is told, and whether all of them fit into memory together."""
-    config, available, settings, taken = ModelConfig.from_hf(folder), available_bytes(), dict[Key, Settings](), 0
-    for scheme, precision in options.rows:
-        needed = sizes(config, scheme, precision, load, available)
-        budget, bank = _budget(options, needed.memory_budget), str(options.pad_bank or needed.pad_bank)
-        settings[scheme, precision] = Settings(
-            folder, scheme, precision, budget, bank, options.device, more=_more(options)
-        )
-        taken += needed.resident
-    return settings, not options.one_at_a_time and taken <= FILL * available
+def _rates(progress: Progress) -> Rates | None:
+    """None without torch."""
+    return machine_rates.measured(progress) if importlib.util.find_spec("torch") else None
+
+
+def _rows(folder: Path, found: Found, tokens: int, rates: Rates | None) -> list[dict[str, Any]]:
+    config = ModelConfig.from_hf(folder)
+    return [asdict(one) | roofline.as_dict(config, one, tokens, rates) for one in rows(found)]
 
 
 def _places(options: argparse.Namespace, config: ModelConfig, trial: Trial) -> list[Place]:
@@ -142,29 +163,16 @@ def _places(options: argparse.Namespace, config: ModelConfig, trial: Trial) -> l
 
 def _bank(options: argparse.Namespace, config: ModelConfig, place: Place, trial: Trial) -> int:
     loads = [load for load in (trial.load, trial.long) if load is not None]
-    return options.pad_bank or max(pad_bank(config, place.scheme, place.precision, load) for load in loads)
+    return options.pad_bank or pad_bank(config, place.scheme, place.precision, loads)
 
 
 def _rig(
     options: argparse.Namespace, folder: Path, place: Place, bank: int, load: Load, progress: Progress, digests: bool
 ) -> Rig:
     """The cluster of a point. `digests`: whether those of tiles are compared."""
-    more = (*_more(options), *(() if digests else ("--insecure-unchecked-tiles",)))
+    more = (*worker_flags(options, options.data_plane), *(() if digests else ("--insecure-unchecked-tiles",)))
     settings = Settings(folder, place.scheme, place.precision, str(place.budget), str(bank), options.device, more=more)
-    return Rig(settings, load, lambda stage, seconds: progress(f"{size(place.budget)}: {stage}", seconds))
-
-
-def _budget(options: argparse.Namespace, default: int) -> str | None:
-    """For the trusted worker's command line; None where the profile says it."""
-    given: int | None = options.memory_budget
-    return None if options.tee_profile and given is None else str(given or default)
-
-
-def _more(options: argparse.Namespace) -> tuple[str, ...]:
-    """Further words of the trusted worker's command line."""
-    profile = ("--tee-profile", options.tee_profile) if options.tee_profile else ()
-    plane = ("--data-plane", options.data_plane) if options.data_plane != "grpc" else ()
-    return (*profile, *plane, *(("--switch-us", str(options.switch_us)) if options.switch_us else ()))
+    return Rig(settings, [load], lambda stage, seconds: progress(f"{size(place.budget)}: {stage}", seconds))
 
 
 def _header(options: argparse.Namespace, folder: Path, *names: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from wire.profiles import PROFILES
 class Meter(Protocol):
     """What runs a point: measure.Rig."""
 
-    def repeat(self, load: Load | None = None) -> Sample:
-        """One repetition, of another load if there is one."""
+    def repeat(self, load: Load) -> Sample:
+        """One repetition."""
         ...
 
     def admitted(self) -> int:
@@ -111,7 +111,7 @@ def measure_point(place: Place, layers: int, start: Start, trial: Trial) -> Poin
 def speed(context: int, samples: Sequence[Sample]) -> Speed:
     """The figures of some repetitions."""
     rates = [sum(1 / gap for gap in sample.gaps) for sample in samples]
-    pads = [sample.pad for sample in samples if sample.pad is not None]
+    pads = [sample.pad.cpu for sample in samples if sample.pad is not None]
     return Speed(
         _digests(samples[-1].after),
         context,
@@ -138,13 +138,13 @@ def as_dicts(points: Sequence[Point]) -> list[dict[str, Any]]:
 def _measured(point: Point, layers: int, start: Start, trial: Trial) -> Point:
     with ExitStack() as stack:
         meters = [stack.enter_context(start(True))]
-        samples = [[meters[0].repeat()]]
+        samples = [[meters[0].repeat(trial.load)]]
         if samples[0][0].after.tiles_read:
             meters.append(stack.enter_context(start(False)))
-            samples.append([meters[1].repeat()])
+            samples.append([meters[1].repeat(trial.load)])
         for _ in range(trial.repeat - 1):
             for meter, taken in zip(meters, samples, strict=True):
-                taken.append(meter.repeat())
+                taken.append(meter.repeat(trial.load))
         speeds = [speed(trial.load.context, taken) for taken in samples]
         if trial.long is not None:
             speeds += [speed(trial.long.context, [meter.repeat(trial.long)]) for meter in meters]

@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,15 +22,16 @@ from client.session import Request, Session, connect
 from client.turn import Pacing
 from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
 from evaluation.processes import cpu_seconds, resident_bytes
+from evaluation.refill import Glimpse, Refill, Watch
 from wire.errors import CleaveError, ContextError, DeadlineError, ExhaustedError
 from wire.kv_pages import PAGE_TOKENS
 from wire.model_config import ModelConfig
 
 FURTHER_TURNS = 16  # that an answer has room for
 PAD_SECONDS = 3600.0  # longest wait for a full bank
-POLL_SECONDS = 0.5
-IDLE_SHARE = 0.1  # of a core: a trusted worker that uses less makes no pads
+POLL_SECONDS = 0.1
 STEP_SECONDS = 600.0
+WARM_TOKENS = 64
 CLIENT = "client"
 ROLES = {CLIENT: "client", TRUSTED_WORKER: "trusted_worker", GPU_WORKER: "gpu_worker"}  # as they are reported
 
@@ -66,15 +67,15 @@ class Sample:
     before: Counters
     after: Counters
     cpu: dict[str, float]
-    pad: float | None  # CPU seconds for one pad that was made meanwhile; None where none was
+    pad: Refill | None  # of the pads that were made meanwhile; None where none was
     prompts: tuple[Counters, Counters]  # before the prompts, and when all first tokens had come
 
 
 class Rig:
     """A running cluster. A context manager; to be entered in the main thread."""
 
-    def __init__(self, settings: Settings, load: Load, progress: Progress) -> None:
-        self.settings, self._load, self._progress = settings, load, progress
+    def __init__(self, settings: Settings, loads: Sequence[Load], progress: Progress) -> None:
+        self.settings, self._loads, self._progress = settings, loads, progress
         self._config = ModelConfig.from_hf(settings.model)
         self._request = Request(self._config.name, settings.scheme, settings.precision)
         self._stack = ExitStack()
@@ -83,23 +84,24 @@ class Rig:
         with ExitStack() as stack:
             self._cluster = stack.enter_context(Cluster(self.settings, self._progress))
             self._worker = stack.enter_context(connect(self._cluster.target, Policy()))
-            self._threads = stack.enter_context(ThreadPoolExecutor(self._load.batch))
+            self._threads = stack.enter_context(ThreadPoolExecutor(max(load.batch for load in self._loads)))
             self._fill_bank()
-            self.repeat()  # warms everything up
+            for load in warm_up(self._loads):
+                self.repeat(load)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def repeat(self, load: Load | None = None) -> Sample:
+    def repeat(self, load: Load) -> Sample:
         """One repetition; afterwards the cluster is at rest, with its bank as full as it gets.
 
-        `load`: another one than the row's, of the same batch or a smaller one.
+        `load`: of a batch that is no larger than those of the loads that the rig was made for.
         """
         self._progress(f"measuring {self.settings.scheme} {self.settings.precision}", 0)
         try:
-            return self._measure(load or self._load)
+            return self._measure(load)
         except CleaveError:
             self._cluster.check()  # a worker that died explains itself better
             raise
@@ -119,14 +121,9 @@ class Rig:
             return False
         return True
 
-    def _prompts(self, load: Load) -> list[list[int]]:
-        """The same ones for every row."""
-        pick = random.Random(0)  # noqa: S311
-        return [[pick.randrange(self._config.vocabulary) for _ in range(load.context)] for _ in range(load.batch)]
-
     def _measure(self, load: Load) -> Sample:
         request = replace(self._request, max_context=min(load.capacity, self._config.max_context))
-        prompts, asked = self._prompts(load), self._worker.counters()
+        prompts, asked = prompts_of(load, self._config.vocabulary), self._worker.counters()
         sessions = [self._worker.open(request) for _ in prompts]
         try:
             started = time.monotonic()
@@ -151,28 +148,44 @@ class Rig:
             (asked, begun),
         )
 
-    def _fill_bank(self) -> float | None:
-        """Wait until no more pads are made. CPU seconds for one of those made meanwhile, if any."""
-        if not self._worker.counters().pads_capacity:
+    def _fill_bank(self) -> Refill | None:
+        """Wait until no more pads are made. What one of those made meanwhile took, if there are any."""
+        capacity = self._worker.counters().pads_capacity
+        if not capacity:
             return None
-        pid, started = self._cluster.pids[TRUSTED_WORKER], time.monotonic()
-        first, stock, used, busy = cpu_seconds(pid), self._worker.counters().pads_in_stock, cpu_seconds(pid), True
-        while busy:
-            self._progress("making one-time pads", time.monotonic() - started)
-            time.sleep(POLL_SECONDS)
-            counters, now = self._worker.counters(), cpu_seconds(pid)
-            busy = now - used > IDLE_SHARE * POLL_SECONDS or 2 * counters.pads_in_stock <= counters.pads_capacity
-            used = now
-            if time.monotonic() - started > PAD_SECONDS:
+        first = self._glimpse()
+        watch = Watch(first, capacity)
+        while not watch.resting:
+            waited = time.monotonic() - first.now
+            self._progress("making one-time pads", waited)
+            if waited > PAD_SECONDS:
                 raise DeadlineError(f"the bank of pads was not full after {PAD_SECONDS:g} s: try a smaller --pad-bank")
-        made = counters.pads_in_stock - stock
-        return (used - first) / made if made > 0 else None
+            time.sleep(POLL_SECONDS)
+            watch.see(self._glimpse())
+        return watch.refill
+
+    def _glimpse(self) -> Glimpse:
+        stock, cpu = self._worker.counters().pads_in_stock, cpu_seconds(self._cluster.pids[TRUSTED_WORKER])
+        return Glimpse(time.monotonic(), stock, cpu)
 
     def _cpu(self) -> dict[str, float]:
         return {ROLES[role]: cpu_seconds(pid) for role, pid in self._pids().items()}
 
     def _pids(self) -> dict[str, int]:
         return {CLIENT: os.getpid(), **self._cluster.pids}
+
+
+def prompts_of(load: Load, vocabulary: int) -> list[list[int]]:
+    """Token ids, the same for every row."""
+    pick = random.Random(0)  # noqa: S311
+    return [[pick.randrange(vocabulary) for _ in range(load.context)] for _ in range(load.batch)]
+
+
+def warm_up(loads: Sequence[Load]) -> list[Load]:
+    """A short load of each batch: kernels are compiled and memory is touched for the first time."""
+    context, tokens = (min(getattr(load, name) for load in loads) for name in ("context", "tokens"))
+    batches = sorted({load.batch for load in loads})
+    return [Load(min(context, WARM_TOKENS), min(tokens, WARM_TOKENS), batch) for batch in batches]
 
 
 def longest(most: int, opens: Callable[[int], bool]) -> int:

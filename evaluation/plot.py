@@ -7,7 +7,7 @@ when a picture is asked for, never before.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wire.errors import PreconditionError
+from evaluation import pictures
 from wire.profiles import MIB, PROFILES
 
 if TYPE_CHECKING:
@@ -26,23 +26,9 @@ CHECKED, UNCHECKED = ("on", "none"), ("off", "none")  # digests; where no tile i
 Points = list[dict[str, Any]]
 
 
-def require(path: Path) -> None:
-    """Before anything is measured. Raises PreconditionError when the picture could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PreconditionError("--plot needs matplotlib: pip install 'cleave[plots]'") from None
-    if path.suffix != ".png" or not path.resolve().parent.is_dir():
-        raise PreconditionError(f"{path} must be a .png file in a folder that is there")
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the picture of what --json prints. Raises PreconditionError when it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = pictures.blank(13, 6)
     speeds, contexts = figure.subplots(1, 2)
     for number, row in enumerate(dict.fromkeys((one["scheme"], one["precision"]) for one in result["points"])):
         points = [one for one in result["points"] if (one["scheme"], one["precision"]) == row]
@@ -59,10 +45,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         contexts.set_yscale("log", base=2)
     contexts.yaxis.set_major_formatter("{x:g}")
     figure.suptitle(f"{result['model']}: what a memory budget buys\n{result['machine']}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise PreconditionError(f"{path} cannot be written: {error.strerror or error}") from error
+    pictures.save(figure, path)
 
 
 def _draw_speeds(axes: "Axes", points: Points, long: int | None) -> None:

@@ -2,56 +2,96 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-from evaluation.measure import Sample
+from deploy.local.cluster import TRUSTED_WORKER
+from evaluation.measure import ROLES, Load, Sample
+from evaluation.refill import Refill
+from evaluation.rounds import Found, Key, Taken
+
+TRUSTED = ROLES[TRUSTED_WORKER]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme at one precision. Medians over the repetitions, spreads from the least to the most.
+    """One scheme at one precision over one plane, under one load. Medians over the repetitions.
 
-    Times in seconds unless the name says otherwise, sizes in bytes. Per token means per decoded token, of any session.
+    Spreads are from the least to the most. Times in seconds unless the name says otherwise, sizes in bytes. Per token
+    means per decoded token, of any session. Speeds are online: pads are in stock. Sustained speeds have the making of
+    one pad per token in them, on the same cores and one after the other.
     """
 
     scheme: str
     precision: str
+    plane: str  # grpc, stream, or "-"
+    context: int  # tokens of the prompt
+    batch: int  # sessions
     ms_per_token: float  # from a session's token to its next one
     ms_per_token_spread: list[float]
     tokens_per_second: float  # of all sessions together
     of_plain: float | None  # the same relative to plain at equal precision
+    tokens_per_second_sustained: float
     time_to_first_token: float
+    first_token_of_plain: float | None  # the same relative to plain at equal precision
     exchanges_per_token: float
     bytes_per_token: float
     cpu_seconds_per_token: dict[str, float]  # by role
+    cpu_seconds_per_token_sustained: dict[str, float]
     shares: dict[str, float] | None  # of the trusted worker's steps; None where they were not timed
+    exchange_us: float | None  # beyond the worker's computing; None where nothing was exchanged
     pad_seconds_per_token: float | None  # CPU time of the trusted worker, in idle time
+    pad_wall_seconds_per_token: float | None
     products_inside: int  # in all decode phases together
+    prompt_products_inside: int  # in all prompts together: of secure-infer those that lacked a pad
     memory_peak: int  # of the trusted worker's budget, since its start
+    weights_resident: bool  # in that budget
+    lookups: bool  # embeddings are masked lookups
+    projections: str  # where qkv and o are multiplied, where there is a choice: gpu or trusted
     resident: dict[str, int] = field(default_factory=dict)  # by role
 
 
-def row(scheme: str, precision: str, samples: Sequence[Sample], resident: dict[str, int]) -> Row:
-    """The figures of one row, without `of_plain`."""
+def rows(found: Found) -> list[Row]:
+    """All rows. What a pad takes does not depend on the load, so it is that of all loads together."""
+    pads: dict[Key, list[Refill]] = {key: [] for key, _ in found}
+    for (key, _), taken in found.items():
+        pads[key] += [sample.pad for sample in taken.samples if sample.pad]
+    return _relative([row(key, load, taken, pads[key]) for (key, load), taken in found.items()])
+
+
+def row(key: Key, load: Load, taken: Taken, pads: Sequence[Refill] = ()) -> Row:
+    """The figures of one row, without those relative to plain. `pads`: some that were made for it."""
+    samples, last = taken.samples, taken.samples[-1].after
     gaps = [1000 * statistics.median(sample.gaps) for sample in samples]
+    rate = statistics.median(sum(1 / gap for gap in sample.gaps) for sample in samples)
+    cpu, wall = (_median_of_some([getattr(pad, kind) for pad in pads]) for kind in ("cpu", "wall"))
+    used = {role: _per_token(samples, partial(_cpu, role)) for role in samples[0].cpu}
     return Row(
-        scheme,
-        precision,
+        *key,
+        load.context,
+        load.batch,
         statistics.median(gaps),
         spread(gaps),
-        statistics.median(sum(1 / gap for gap in sample.gaps) for sample in samples),
+        rate,
         None,
+        1 / (1 / rate + (wall or 0)),
         statistics.median(sample.first for sample in samples),
+        None,
         _per_token(samples, lambda sample: sample.after.exchanges - sample.before.exchanges),
         _per_token(samples, _transferred),
-        {role: _per_token(samples, partial(_cpu, role)) for role in samples[0].cpu},
+        used,
+        {role: seconds + (cpu or 0) * (role == TRUSTED) for role, seconds in used.items()},
         shares(samples),
-        _median_of_some([sample.pad for sample in samples]),
+        _exchange(samples),
+        cpu,
+        wall,
         sum(sample.after.products_inside - sample.before.products_inside for sample in samples),
-        samples[-1].after.memory_peak,
-        resident,
+        sum(sample.prompts[1].products_inside - sample.prompts[0].products_inside for sample in samples),
+        last.memory_peak,
+        last.weights_resident,
+        last.embedding == "lookup",
+        last.projections,
+        taken.resident,
     )
 
 
@@ -69,18 +109,31 @@ def shares(samples: Sequence[Sample]) -> dict[str, float] | None:
     return {"worker": worker / step, "exchange": (exchange - worker) / step, "trusted": (step - exchange) / step}
 
 
-def relative(rows: Sequence[Row]) -> list[Row]:
-    """The rows with their speed relative to plain at the same precision, where that was measured."""
-    plain = {one.precision: one.tokens_per_second for one in rows if one.scheme == "plain"}
-    return [
-        replace(one, of_plain=one.tokens_per_second / plain[one.precision]) if one.precision in plain else one
-        for one in rows
-    ]
+def _relative(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their speed relative to plain's at the same precision, under the same load, where that is known.
+
+    Over the same plane; a row without one stands beside the fastest plain.
+    """
+    return [_beside(one, [plain for plain in rows if _is_baseline(plain, one)]) for one in rows]
 
 
-def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows for JSON."""
-    return [asdict(one) for one in rows]
+def _is_baseline(plain: Row, one: Row) -> bool:
+    same = (plain.precision, plain.context, plain.batch) == (one.precision, one.context, one.batch)
+    return plain.scheme == "plain" and same and one.plane in (plain.plane, "-")
+
+
+def _beside(one: Row, plains: Sequence[Row]) -> Row:
+    if not plains:
+        return one
+    best = max(plains, key=lambda plain: plain.tokens_per_second)
+    first = one.time_to_first_token / best.time_to_first_token
+    return replace(one, of_plain=one.tokens_per_second / best.tokens_per_second, first_token_of_plain=first)
+
+
+def _exchange(samples: Sequence[Sample]) -> float | None:
+    """Microseconds of one exchange, means, without the time in which the GPU worker computed."""
+    count = _sum(samples, "exchanges")
+    return 1e6 * (_sum(samples, "exchange_seconds") - _sum(samples, "worker_seconds")) / count if count else None
 
 
 def _cpu(role: str, sample: Sample) -> float:
@@ -101,6 +154,5 @@ def _sum(samples: Sequence[Sample], counter: str) -> float:
     return sum(float(getattr(one.after, counter) - getattr(one.before, counter)) for one in samples)
 
 
-def _median_of_some(values: Sequence[float | None]) -> float | None:
-    some = [value for value in values if value is not None]
-    return statistics.median(some) if some else None
+def _median_of_some(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None

@@ -23,6 +23,8 @@ from wire.profiles import PROFILES
 LEAST_BYTES = 64 << 20
 GPU_WORKER_BYTES, TRUSTED_WORKER_BYTES = 450 << 20, 120 << 20  # resident before there is a model
 SPARE = 1.7  # for steps of more than one row, where the decoder is outside
+FIRSTS = 4  # rows of a session that may count as prompts although its prompt is over
+LIBRARY_WIDTHS = {"float32": 6, "bfloat16": 4, "int8": 5}  # bytes of a weight, those on their way included
 FILL = 0.8  # share of the available memory that may be taken
 FINENESS = 8  # budgets that are tried between one size and its double
 
@@ -38,28 +40,40 @@ class Sizes:
     resident: int
 
 
-def sizes(config: ModelConfig, scheme: str, precision: str, load: Load, available: int) -> Sizes:
+def sizes(
+    config: ModelConfig, scheme: str, precision: str, loads: Sequence[Load], available: int, prompts: bool = False
+) -> Sizes:
     """The best budget that takes no more than half of `available` bytes, and pads for a whole decode phase.
 
-    Raises ContextError for a context that the model lacks.
+    `prompts`: and for all prompts. Loads come one at a time. Raises ContextError for a context that the model lacks.
     """
-    found = cost(scheme, Case(config, precision, load.capacity))
+    capacity, batch = (max(getattr(load, name) for load in loads) for name in ("capacity", "batch"))
+    found = cost(scheme, Case(config, precision, capacity))
     if scheme in INSIDE:
-        budget = _inside(Demand(config, scheme, precision, stock=_stock(load)), load, available // 2)
+        demand = Demand(config, scheme, precision, stock=_stock(loads, prompts))
+        pages = max(load.batch * config.layers * -(-load.capacity // PAGE_TOKENS) for load in loads)
+        budget = _inside(demand, pages, available // 2)
     else:
-        sessions = (load.batch - 1) * found.memory.get("permutations", 0)
+        sessions = (batch - 1) * found.memory.get("permutations", 0)
         budget = max(LEAST_BYTES, int(SPARE * (sum(found.memory.values()) + sessions)))
     width = 1 if precision == "int8" else WORD
     model = width * sum(one.rows * one.width for one in parameters(config).values())
     outside = 0 if scheme == "tee-only" else GPU_WORKER_BYTES + model
-    return Sizes(budget, pad_bank(config, scheme, precision, load), TRUSTED_WORKER_BYTES + budget + outside)
+    bank = pad_bank(config, scheme, precision, loads, prompts)
+    return Sizes(budget, bank, TRUSTED_WORKER_BYTES + budget + outside)
 
 
-def pad_bank(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
-    """Bytes of a bank with the pads of a whole decode phase, masked lookups included."""
-    found = cost(scheme, Case(config, precision, load.capacity))
+def library_bytes(config: ModelConfig, precision: str) -> int:
+    """Resident bytes of a process of `transformers` with this model, while it loads."""
+    words = sum(one.rows * one.width for one in parameters(config).values())
+    return GPU_WORKER_BYTES + LIBRARY_WIDTHS[precision] * words
+
+
+def pad_bank(config: ModelConfig, scheme: str, precision: str, loads: Sequence[Load], prompts: bool = False) -> int:
+    """Bytes of a bank with the pads of a whole decode phase, and of all `prompts`, masked lookups included."""
+    found = cost(scheme, Case(config, precision, 1))
     sealed = sum(part.sealed_bytes for part in (found.pads, found.lookup) if part)
-    return _stock(load) * sealed or LEAST_BYTES
+    return _stock(loads, prompts) * sealed or LEAST_BYTES
 
 
 def least(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
@@ -69,7 +83,7 @@ def least(config: ModelConfig, scheme: str, precision: str, load: Load) -> int:
 
 def curve_budgets(config: ModelConfig, rows: Sequence[Row], load: Load, most: int) -> list[int]:
     """The profiles' sizes, and doubles until all rows keep all of their weights, or until `most` bytes."""
-    demands = [Demand(config, *row, stock=_stock(load)) for row in rows]
+    demands = [Demand(config, *row, stock=_stock([load])) for row in rows]
     found = sorted({profile.bytes for profile in PROFILES.values() if profile.bytes})
     following = 1 << found[-1].bit_length()
     while following <= most and not all(_keeps_all(division(demand, found[-1])) for demand in demands):
@@ -86,9 +100,8 @@ def division(demand: Demand, budget: int) -> Plan | None:
         return None
 
 
-def _inside(demand: Demand, load: Load, most: int) -> int:
-    """The first budget with all weights inside; else the first with whole steps; else one that runs."""
-    pages = load.batch * demand.config.layers * -(-load.capacity // PAGE_TOKENS)
+def _inside(demand: Demand, pages: int, most: int) -> int:
+    """The first budget with so many pages and all weights inside; else with whole steps; else one that runs."""
     whole, least = 0, max(LEAST_BYTES, smallest(demand))
     for size in _growing(least, most):
         found = division(demand, size)
@@ -114,16 +127,20 @@ def _whole_steps(demand: Demand, found: Plan) -> bool:
     return (found.rows, found.refill_rows) == (MAX_ROWS, refill)
 
 
-def _stock(load: Load) -> int:
-    """Pads for a whole decode phase, whatever the prompts took before.
+def _stock(loads: Sequence[Load], prompts: bool = False) -> int:
+    """Pads for a whole decode phase, whatever the prompts took before; `prompts`: and for every row of theirs.
 
-    A bank is refilled when half of it is gone, and prompts are given pads of its upper half only. The first step of a
-    session's decode phase has two rows, which count as prompts; others may be a step ahead by then.
+    A bank is refilled when half of it is gone, or half of a refill if that is less. If prompts are not given pads as
+    long as there are any, they get those of its upper half only. The first step of a session's decode phase has two
+    rows, which count as prompts; others may be a step ahead by then.
     """
-    firsts = 4 * load.batch
-    half = load.decoded + firsts
-    if half - firsts < load.batch * load.context < half:  # these prompts would leave a little more than half
-        half += firsts
+    if prompts:
+        needed = max(load.batch * load.context + load.decoded + FIRSTS * load.batch for load in loads)
+        return min(2 * needed, needed + REFILL_ROWS // 2)
+    firsts = FIRSTS * max(load.batch for load in loads)
+    half = max(load.decoded for load in loads) + firsts
+    while any(half - firsts < load.batch * load.context < half for load in loads):
+        half += firsts  # these prompts would leave a little more than half
     return 2 * half
 
 

@@ -1,27 +1,9 @@
 """What cleave-bench prints for people: Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from client.terminal import size
-
-_COLUMNS = (
-    "scheme",
-    "precision",
-    "ms/token",
-    "(least to most)",
-    "tokens/s",
-    "of plain",
-    "first token, ms",
-    "exchanges/token",
-    "KiB/token",
-    "CPU ms/token: client",
-    "trusted worker",
-    "GPU worker",
-    "time in worker / exchange / trusted, %",
-    "pads, ms/token",
-    "inside",
-)
 
 _CURVE_COLUMNS = (
     "budget",
@@ -48,17 +30,8 @@ _CURVE_COLUMNS = (
     "peak",
 )
 
-
 _EXTRACTION_COLUMNS = ("attacker", "token match", "95 %", "the student alone", "rows recorded", "conversations read")
-
-
-def bench_table(result: dict[str, Any]) -> str:
-    """The rows, under a line that says what they are."""
-    what = (
-        f"{result['model']}, prompt {result['context']}, {result['tokens']} tokens decoded, batch {result['batch']}, "
-        f"median of {result['repeat']} ({result['interleaved']})"
-    )
-    return "\n".join([*_head(what, result), "", *_table(_COLUMNS, map(_cells, result["rows"]))])
+_PLANES = {"stream": "over the stream socket", "both": "over gRPC and the stream socket"}  # where it is not gRPC alone
 
 
 def curve_table(result: dict[str, Any]) -> str:
@@ -67,13 +40,13 @@ def curve_table(result: dict[str, Any]) -> str:
     what += f", median of {result['repeat']}" + ("; long prompts: once" if result["long_context"] else "")
     rows = [cells for point in result["points"] for cells in _point(point)]
     errors = [f"- {_which(point)}: {point['error']}" for point in result["points"] if point["error"]]
-    return "\n".join([*_head(what, result), "", *_table(_CURVE_COLUMNS, rows), *([""] if errors else []), *errors])
+    return "\n".join([*head(what, result), "", *table(_CURVE_COLUMNS, rows), *([""] if errors else []), *errors])
 
 
 def soak_table(result: dict[str, Any]) -> str:
     """One section for each scheme."""
     what = f"{result['model']}, {result['clients']} clients, {result['minutes']:g} minutes, seed {result['seed']}"
-    return "\n".join([*_head(what, result), *(line for one in result["soaks"] for line in _soak(one))])
+    return "\n".join([*head(what, result), *(line for one in result["soaks"] for line in _soak(one))])
 
 
 def extraction_table(result: dict[str, Any]) -> str:
@@ -81,7 +54,7 @@ def extraction_table(result: dict[str, Any]) -> str:
     what = f"{result['model']} with the adapter {result['adapter']}, {result['prompts']} conversations recorded"
     what += f", tokens of the adapted model's answers to {result['tested']} other questions that an attacker would say"
     rows = [_attacker(score) for score in result["scores"]]
-    return "\n".join([f"{what}, too", result["machine"], "", *_table(_EXTRACTION_COLUMNS, rows)])
+    return "\n".join([f"{what}, too", result["machine"], "", *table(_EXTRACTION_COLUMNS, rows)])
 
 
 def _attacker(score: dict[str, Any]) -> list[str]:
@@ -91,14 +64,16 @@ def _attacker(score: dict[str, Any]) -> list[str]:
     return [score["attacker"], f"{100 * score['match']:.1f} %", interval, alone, *counts]
 
 
-def _head(what: str, result: dict[str, Any]) -> list[str]:
+def head(what: str, result: dict[str, Any]) -> list[str]:
+    """The lines above a table: what was measured, and on what."""
     profile = [f"in {result['tee_profile']}"] if result["tee_profile"] else []
     charged = [f"{result['switch_us']} us charged for each exchange"] if result["switch_us"] else []
-    plane = ["over the stream socket"] if result["data_plane"] == "stream" else []
+    plane = [_PLANES[result["data_plane"]]] if result["data_plane"] in _PLANES else []
     return [", ".join([what, *profile, *plane, *charged]), result["machine"]]
 
 
-def _table(columns: tuple[str, ...], rows: Iterable[list[str]]) -> list[str]:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     return [_line(columns), "|---" * len(columns) + "|", *map(_line, rows)]
 
 
@@ -134,28 +109,6 @@ def _speed(speed: dict[str, Any]) -> list[str]:
         str(speed["pads_in_stock"] or "-"),
         "-" if pad is None else f"{1000 * pad:.1f}",
         str(speed["products_inside"]),
-    ]
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    least, most = row["ms_per_token_spread"]
-    cpu, shares, pad = row["cpu_seconds_per_token"], row["shares"], row["pad_seconds_per_token"]
-    return [
-        row["scheme"],
-        row["precision"],
-        f"{row['ms_per_token']:.2f}",
-        f"{least:.2f} to {most:.2f}",
-        f"{row['tokens_per_second']:.1f}",
-        "-" if row["of_plain"] is None else f"{row['of_plain']:.2f}",
-        f"{1000 * row['time_to_first_token']:.0f}",
-        f"{row['exchanges_per_token']:.1f}",
-        f"{row['bytes_per_token'] / 1024:.0f}",
-        *(f"{1000 * cpu[role]:.1f}" if role in cpu else "-" for role in ("client", "trusted_worker", "gpu_worker")),
-        "-"
-        if shares is None
-        else " / ".join(f"{100 * shares[part]:.0f}" for part in ("worker", "exchange", "trusted")),
-        "-" if pad is None else f"{1000 * pad:.1f}",
-        f"{row['products_inside']}",
     ]
 
 

@@ -32,7 +32,7 @@ def test_two_schemes_beside_each_other() -> None:
         ("tee-only", "int8"),
         ("secure-infer", "int8"),
     ]
-    assert (result["model"], result["context"], result["tokens"], result["batch"]) == ("demo", 5, 4, 2)
+    assert (result["model"], result["context"], result["tokens"], result["batch"]) == ("demo", [5], 4, [2])
     assert inside["exchanges_per_token"] == inside["bytes_per_token"] == 0
     assert masked["exchanges_per_token"] >= 25 / 2  # two sessions share a step at best
     assert masked["bytes_per_token"] > 50_000
@@ -41,7 +41,27 @@ def test_two_schemes_beside_each_other() -> None:
     assert set(masked["cpu_seconds_per_token"]) == {"client", "trusted_worker", "gpu_worker"}
     assert sum(masked["shares"].values()) == pytest.approx(1)
     assert all(0 < share < 1 for share in masked["shares"].values())
-    assert any(line.startswith("| secure-infer | int8 |") for line in table)
+    assert any(line.startswith("| secure-infer | int8 | grpc | 5 | 2 |") for line in table)
+
+
+def test_contexts_a_picture_and_pads_for_prompts(tmp_path: Path) -> None:
+    flags = ["--schemes", "plain,secure-infer", "--precision", "int8", "--context", "3,20", "--tokens", "4"]
+    flags += ["--data-plane", "stream", "--prefill", "worker", "--repeat", "1", "--json"]
+    flags += ["--plot", str(tmp_path / "bench.png")] if importlib.util.find_spec("matplotlib") else []
+    done = bench(*flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    names = [(row["scheme"], row["plane"], row["context"]) for row in result["rows"]]
+    assert names == [(scheme, "stream", context) for context in (3, 20) for scheme in ("plain", "secure-infer")]
+    masked = [row for row in result["rows"] if row["scheme"] == "secure-infer"]
+    assert [row["prompt_products_inside"] for row in masked] == [0, 0]
+    assert all(row["tokens_per_second_sustained"] < row["tokens_per_second"] for row in masked)
+    assert all(row["refill_macs_per_second"] > 1e6 for row in masked)
+    assert all(row["first_token_of_plain"] > 0 for row in masked)
+    assert [one["row"] for one in result["ratios"]] == 2 * ["secure-infer int8 stream"]
+    plain = [row for row in result["rows"] if row["scheme"] == "plain"]
+    assert all(row["roofline"]["decode_seconds"] > 0 for row in plain if result["rates"])
+    assert (tmp_path / "bench.png").is_file() == ("--plot" in flags)
 
 
 def test_a_budget_that_is_too_small_one_that_streams_and_one_that_holds_all(tmp_path: Path) -> None:
@@ -72,8 +92,9 @@ def test_a_budget_that_is_too_small_one_that_streams_and_one_that_holds_all(tmp_
     assert (tmp_path / "curve.png").is_file() == ("--plot" in flags)
 
 
-def test_a_picture_that_cannot_be_drawn_is_found_before_anything_is_measured() -> None:
-    done = bench("--budget-curve", "--plot", "/nowhere/curve.png")
+@pytest.mark.parametrize("work", [[], ["--budget-curve"]])
+def test_a_picture_that_cannot_be_drawn_is_found_before_anything_is_measured(work: list[str]) -> None:
+    done = bench(*work, "--plot", "/nowhere/curve.png")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("cleave-bench: ")

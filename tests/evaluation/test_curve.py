@@ -10,6 +10,7 @@ import pytest
 
 from evaluation.curve import Meter, Place, Point, Trial, as_dicts, measure_point, speed
 from evaluation.measure import Load, Sample
+from evaluation.refill import Refill
 from evaluation.tables import curve_table
 from tests.evaluation.samples import ZERO, sample
 from wire.errors import CleaveError, UnavailableError
@@ -26,10 +27,10 @@ class Fake:
     def __init__(self, checked: bool, diary: list[str], tiles: int, error: CleaveError | None) -> None:
         self._name, self._diary, self._tiles, self._error = "on" if checked else "off", diary, tiles, error
 
-    def repeat(self, load: Load | None = None) -> Sample:
+    def repeat(self, load: Load) -> Sample:
         if self._error:
             raise self._error
-        self._diary.append(f"{self._name} {load.context}" if load else self._name)
+        self._diary.append(self._name if load == TRIAL.load else f"{self._name} {load.context}")
         gap = 0.001 * len(self._diary)
         return sample([gap], tiles_read=self._tiles, tiles_unchecked=self._name == "off", **SEEN)
 
@@ -96,7 +97,7 @@ def test_resident_weights_are_said_to_be() -> None:
         yield Resident(True, [], 0, None)
 
     class Resident(Fake):
-        def repeat(self, load: Load | None = None) -> Sample:
+        def repeat(self, load: Load) -> Sample:
             found = super().repeat(load)
             return replace(found, after=replace(found.after, weights_resident=True))
 
@@ -119,7 +120,7 @@ def test_a_budget_that_would_do_and_does_not_is_a_failure() -> None:
 def test_speeds_are_medians_and_counts_are_means() -> None:
     prompts = (replace(ZERO, tiles_read=5), replace(ZERO, tiles_read=25, table_scans=2))
     samples = [
-        replace(sample([gap, gap], first=gap), prompts=prompts, pad=pad)
+        replace(sample([gap, gap], first=gap), prompts=prompts, pad=Refill(pad, 9.0) if pad else None)
         for gap, pad in ((0.01, 0.5), (0.02, None), (0.05, 0.3))
     ]
     samples[1] = replace(samples[1], after=replace(ZERO, pages_restored=60, table_scans=30, products_inside=4))

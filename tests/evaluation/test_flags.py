@@ -1,5 +1,8 @@
 """The command line of cleave-bench."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from evaluation import flags
@@ -22,7 +25,20 @@ BAD = {
     "an unknown profile": (["--tee-profile", "moon"], "moon"),
     "too long a switch": (["--switch-us", "1000001"], "whole number from 0 to 1000000"),
     "budgets without a curve": (["--budgets", "14MiB"], "--budgets needs --budget-curve"),
-    "a picture without a curve": (["--plot", "a.png"], "--plot needs --budget-curve"),
+    "a picture of a soak": (["--soak", "--plot", "a.png"], "--plot does not go with --soak"),
+    "two contexts for a curve": (["--budget-curve", "--context", "8,9"], "a curve has one --context"),
+    "a curve over both planes": (["--budget-curve", "--data-plane", "both"], "--data-plane both does not go with"),
+    "a soak over both planes": (["--soak", "--data-plane", "both"], "--data-plane both does not go with --soak"),
+    "a soak of the library": (["--soak", "--schemes", "transformers"], "it cannot be soaked"),
+    "a curve of the library": (["--budget-curve", "--schemes", "transformers"], "transformers keeps no cache"),
+    "half a list": (["--batch", "1,"], "whole number from 1"),
+    "bfloat16 of a scheme": (["--schemes", "plain", "--precision", "bfloat16"], "plain cannot run"),
+    "pads for prompts without pads": (["--schemes", "plain", "--prefill", "worker"], "is of secure-infer"),
+    "projections of no masks": (["--schemes", "split", "--projections", "auto"], "--projections is of secure-infer"),
+    "pads for prompts of a curve": (["--budget-curve", "--prefill", "worker"], "--prefill does not go with"),
+    "a context of fhe": (["--fhe", "--context", "8"], "--context does not go with --fhe"),
+    "a plane of fhe": (["--fhe", "--data-plane", "stream"], "--fhe is of one linear"),
+    "fhe and a soak": (["--fhe", "--soak"], "--soak does not go with --fhe"),
     "one budget for a curve": (["--budget-curve", "--memory-budget", "2MiB"], "does not go with --budget-curve"),
     "one profile for a curve": (["--budget-curve", "--tee-profile", "optee"], "does not go with --budget-curve"),
     "a curve and a soak": (["--budget-curve", "--soak"], "--soak does not go with --budget-curve"),
@@ -52,8 +68,28 @@ def test_what_makes_no_sense_is_refused_in_one_line(case: str, capsys: pytest.Ca
 
 def test_every_row_is_measured_by_default() -> None:
     options = flags.parse([])
-    assert options.rows == list(flags.ROWS)
-    assert (options.context, options.tokens, options.batch, options.repeat) == (32, 64, 1, 5)
+    assert options.rows == [*flags.ROWS, *flags.LIBRARY_ROWS]
+    assert (options.context, options.tokens, options.batch, options.repeat) == ((32,), 64, (1,), 5)
+    assert (options.planes, options.prefill, options.plot) == (("grpc",), "auto", None)
+
+
+def test_contexts_batches_and_planes_are_lists() -> None:
+    options = flags.parse(["--context", "4096,128,128", "--batch", "8,1", "--data-plane", "both", "--plot", "a.png"])
+    assert (options.context, options.batch) == ((128, 4096), (1, 8))
+    assert options.planes == ("grpc", "stream")
+
+
+def test_every_command_of_the_page_on_benchmarks_is_accepted() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "README.md").read_text("utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("cleave-bench ")]
+    assert lines
+    for line in lines:
+        flags.parse(shlex.split(line)[1:])
+
+
+def test_an_encryption_has_no_rows_and_its_own_defaults() -> None:
+    options = flags.parse(["--fhe", "--model", "m", "--markdown", "--json"])
+    assert (options.rows, options.repeat, options.model) == ([], 5, "m")
 
 
 @pytest.mark.parametrize(
@@ -63,8 +99,9 @@ def test_every_row_is_measured_by_default() -> None:
         (["--schemes", "kv-shield,kv-shield"], [("kv-shield", "float32")]),
         (
             ["--precision", "float32"],
-            [(scheme, "float32") for scheme in ("plain", "kv-shield", "split", "tee-only")],
+            [(scheme, "float32") for scheme in ("plain", "kv-shield", "split", "tee-only", "transformers")],
         ),
+        (["--precision", "bfloat16"], [("transformers", "bfloat16")]),
         (["--schemes", "split,tee-only", "--precision", "int8"], [("split", "int8"), ("tee-only", "int8")]),
     ],
 )

@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,7 +16,16 @@ def test_cpu_time_is_that_of_the_process() -> None:
     assert abs(before - time.process_time()) < 1
     while time.process_time() < before + 0.1:
         pass
-    assert cpu_seconds(os.getpid()) > before
+    assert 0.1 <= cpu_seconds(os.getpid()) - before < 1
+
+
+def test_cpu_time_of_a_child_is_its_own_and_finer_than_a_tick() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        before = cpu_seconds(child.pid)
+        while (after := cpu_seconds(child.pid)) < before + 0.002:
+            time.sleep(0.0005)
+        child.kill()
+    assert 0 < after - before < 1
 
 
 def test_resident_memory_grows_with_what_is_written() -> None:
@@ -42,6 +53,8 @@ def test_a_process_that_is_gone_is_an_error() -> None:
     if gone == 0:
         os._exit(0)
     os.waitpid(gone, 0)
-    for read in (arena_bytes, cpu_seconds, resident_bytes):
+    for read in (arena_bytes, resident_bytes):
         with pytest.raises(OSError, match="No such file"):
             read(gone)
+    with pytest.raises(OSError, match="Invalid argument"):
+        cpu_seconds(gone)

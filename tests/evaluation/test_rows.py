@@ -1,23 +1,32 @@
 """From repetitions to rows: medians, spreads, shares, and what is said per token."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from evaluation.rows import Row, as_dicts, relative, row, shares, spread
-from evaluation.tables import bench_table
-from tests.evaluation.samples import sample
+from evaluation.measure import Load, Sample
+from evaluation.refill import Refill
+from evaluation.rounds import Found, Key, Taken
+from evaluation.rows import Row, row, rows, shares, spread
+from tests.evaluation.samples import ZERO, sample
+
+LOAD = Load(32, 10, 1)
 
 
-def rows() -> list[Row]:
-    plain = row("plain", "int8", [sample([0.010]), sample([0.012]), sample([0.030])], {"client": 1})
-    masked = row("secure-infer", "int8", [sample([0.024]), sample([0.022]), sample([0.048])], {"client": 1})
-    return relative([plain, masked, replace(masked, precision="float32")])
+def made(scheme: str, *samples: Sample, plane: str = "grpc") -> Row:
+    return row(Key(scheme, "int8", plane), LOAD, Taken(list(samples), {"client": 1}))
+
+
+def padded(gaps: list[float], *pads: Refill) -> Row:
+    return row(Key("secure-infer", "int8", "grpc"), LOAD, Taken([sample(gaps)]), pads)
+
+
+def taken(scheme: str, gaps: list[float], plane: str = "grpc", load: Load = LOAD) -> Found:
+    return {(Key(scheme, "int8", plane), load): Taken([sample([gap], first=10 * gap) for gap in gaps])}
 
 
 def test_medians_and_spreads_over_the_repetitions() -> None:
-    plain = rows()[0]
+    plain = made("plain", sample([0.010]), sample([0.012]), sample([0.030]))
     assert plain.ms_per_token == pytest.approx(12)
     assert plain.ms_per_token_spread == pytest.approx([10, 30])
     assert plain.tokens_per_second == pytest.approx(1 / 0.012)
@@ -25,7 +34,7 @@ def test_medians_and_spreads_over_the_repetitions() -> None:
 
 
 def test_sessions_of_a_batch_add_up_but_each_has_its_own_pace() -> None:
-    found = row("plain", "int8", [sample([0.010, 0.020, 0.040])], {})
+    found = made("plain", sample([0.010, 0.020, 0.040]))
     assert found.ms_per_token == pytest.approx(20)
     assert found.tokens_per_second == pytest.approx(100 + 50 + 25)
 
@@ -35,7 +44,7 @@ def test_figures_per_token_are_over_all_repetitions() -> None:
         sample([0.01], tokens=10, exchanges=250, wire_bytes_up=600, wire_bytes_down=400, products_inside=1),
         sample([0.01], tokens=30, exchanges=750, wire_bytes_up=2000, wire_bytes_down=1000, products_inside=2),
     ]
-    found = row("split", "int8", samples, {})
+    found = made("split", *samples)
     assert found.exchanges_per_token == pytest.approx(25)
     assert found.bytes_per_token == pytest.approx(100)
     assert found.cpu_seconds_per_token == pytest.approx({"client": 0.005, "trusted_worker": 0.01, "gpu_worker": 0.02})
@@ -43,10 +52,41 @@ def test_figures_per_token_are_over_all_repetitions() -> None:
 
 
 def test_plain_is_the_measure_at_equal_precision_only() -> None:
-    plain, masked, other = rows()
-    assert plain.of_plain == 1.0
-    assert masked.of_plain == pytest.approx(0.5)
-    assert other.of_plain is None
+    masked = taken("secure-infer", [0.024, 0.022, 0.048])
+    other = {(Key("split", "float32", "grpc"), LOAD): masked[next(iter(masked))]}
+    found = rows(taken("plain", [0.010, 0.012, 0.030]) | masked | other)
+    assert (found[0].of_plain, found[0].first_token_of_plain) == (1.0, 1.0)
+    assert found[1].of_plain == pytest.approx(0.5)
+    assert found[1].first_token_of_plain == pytest.approx(2)
+    assert found[2].of_plain is found[2].first_token_of_plain is None
+
+
+def test_plain_is_the_measure_over_the_same_plane_and_under_the_same_load() -> None:
+    plain = taken("plain", [0.02]) | taken("plain", [0.01], "stream")
+    others = taken("secure-infer", [0.04]) | taken("tee-only", [0.01], "-")
+    found = rows(plain | others | taken("secure-infer", [0.04], load=Load(900, 10, 1)))
+    assert [one.of_plain for one in found] == [1, 1, pytest.approx(0.5), pytest.approx(1), None]
+
+
+def test_sustained_is_one_token_and_one_pad_after_the_other() -> None:
+    found = padded([0.02, 0.02], *(Refill(0.004, wall) for wall in (0.01, 0.02, 0.015)))
+    assert found.tokens_per_second == pytest.approx(100)
+    assert found.tokens_per_second_sustained == pytest.approx(1 / (0.01 + 0.015))
+    used, sustained = found.cpu_seconds_per_token, found.cpu_seconds_per_token_sustained
+    assert sustained == pytest.approx(used | {"trusted_worker": used["trusted_worker"] + 0.004})
+    assert made("plain", sample([0.02])).tokens_per_second_sustained == pytest.approx(50)
+
+
+def test_an_exchange_is_what_the_worker_did_not_compute() -> None:
+    found = made("split", sample([0.01], exchanges=100, exchange_seconds=0.3, worker_seconds=0.1))
+    assert found.exchange_us == pytest.approx(2000)
+    assert made("tee-only", sample([0.01])).exchange_us is None
+
+
+def test_products_of_prompts_are_counted_apart() -> None:
+    one = replace(sample([0.01], products_inside=3), prompts=(ZERO, replace(ZERO, products_inside=40)))
+    found = made("secure-infer", one, one)
+    assert (found.products_inside, found.prompt_products_inside) == (6, 80)
 
 
 def test_shares_add_up_to_the_steps() -> None:
@@ -56,28 +96,14 @@ def test_shares_add_up_to_the_steps() -> None:
 
 
 def test_the_pad_s_cost_is_the_median_of_those_that_were_made() -> None:
-    samples = [replace(sample([0.01]), pad=pad) for pad in (None, 0.003, 0.001, 0.002)]
-    assert row("secure-infer", "int8", samples, {}).pad_seconds_per_token == 0.002
-    assert row("plain", "int8", samples[:1], {}).pad_seconds_per_token is None
+    found = padded([0.01], Refill(0.003, 0.03), Refill(0.001, 0.01), Refill(0.002, 0.05))
+    assert (found.pad_seconds_per_token, found.pad_wall_seconds_per_token) == (0.002, 0.03)
+    assert made("plain", sample([0.01])).pad_seconds_per_token is None
 
 
-KEYS = (
-    "scheme precision ms_per_token ms_per_token_spread of_plain tokens_per_second time_to_first_token "
-    "exchanges_per_token bytes_per_token cpu_seconds_per_token shares pad_seconds_per_token products_inside memory_peak"
-)
-
-
-def test_json_has_the_keys_that_others_read() -> None:
-    found = json.loads(json.dumps(as_dicts(rows())))
-    for one in found:
-        assert set(KEYS.split()) <= set(one)
-
-
-def test_the_table_has_a_line_for_every_row() -> None:
-    what = {"model": "demo", "context": 3, "tokens": 10, "batch": 1, "repeat": 3, "interleaved": "x", "machine": "m"}
-    what |= {"tee_profile": "", "switch_us": 0, "data_plane": "grpc"}
-    lines = bench_table(what | {"rows": as_dicts(rows())}).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + 3
-    assert len({line.count("|") for line in table}) == 1
-    assert "| secure-infer | int8 | 24.00 | 22.00 to 48.00 |" in table[3]
+def test_a_row_has_the_pads_of_all_loads_and_of_no_other_row() -> None:
+    key, none = Key("secure-infer", "int8", "grpc"), sample([0.01])
+    pads = [replace(none, pad=Refill(0.1, wall)) for wall in (0.01, 0.03)]
+    found = rows({(key, LOAD): Taken([none, pads[0]]), (key, Load(900, 10, 1)): Taken([pads[1], none])})
+    found += rows({(Key("secure-infer", "int8", "stream"), LOAD): Taken([none])})
+    assert [one.pad_wall_seconds_per_token for one in found] == [pytest.approx(0.02), pytest.approx(0.02), None]

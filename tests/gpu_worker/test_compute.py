@@ -96,7 +96,13 @@ def test_a_thread_that_had_no_time_does_not_blame_the_talker() -> None:
     with peer:
         compute.submit(compute.attend, talker)
         begun, heard = threading.Event(), threading.Event()
-        busy = compute.submit(lambda: (begun.set(), heard.wait(10), time.sleep(0.3)))
+
+        def work() -> None:
+            begun.set()
+            heard.wait(10)
+            time.sleep(0.3)
+
+        busy = compute.submit(work)
         assert begun.wait(10)
         peer.sendall(b"xy")
         heard.set()
