@@ -7,10 +7,12 @@ other, `spans` says how many belong to which. Float32 results equal those of tra
 
 from typing import cast
 
+import numpy as np
 import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from gpu_worker.cache import Sequence
+from gpu_worker.kernels import layers
 from gpu_worker.weights import Float32Weights, ParameterSet, Weights
 from wire.errors import PreconditionError
 from wire.linears import Linear, spec
@@ -97,8 +99,7 @@ class Decoder:
         x = x + self._linear(layer, Linear.O, a)
         up = self._linear(layer, Linear.GATE_UP, self._norm(Kind.FFN_NORM, layer, x))
         if self.config.gated:
-            gate, up = up.chunk(2, dim=1)
-            return x + self._linear(layer, Linear.DOWN, silu(gate) * up)
+            return x + self._linear(layer, Linear.DOWN, gate(up))
         return x + self._linear(layer, Linear.DOWN, gelu(up, approximate="tanh"))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,18 +122,37 @@ class Decoder:
         return y.add_(self._vector(Name(Kind.LINEAR, layer, linear, bias=True))) if biased else y
 
     def _norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
-        gain, shape, eps = self._vector(Name(kind, layer)), (self.config.hidden,), self.config.norm_eps
+        gain, eps = self._vector(Name(kind, layer)), self.config.norm_eps
         if not self.config.layer_norm:
-            return rms_norm(x, shape, gain, eps)
-        return layer_norm(x, shape, gain, self._vector(Name(kind, layer, bias=True)), eps)
+            return norm(x, gain, eps)
+        return layer_norm(x, gain.shape, gain, self._vector(Name(kind, layer, bias=True)), eps)
 
     def _head_norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, (self.config.head_dim,), self._vector(Name(kind, layer)), self.config.norm_eps)
+        heads = x.reshape(-1, self.config.head_dim)
+        return norm(heads, self._vector(Name(kind, layer)), self.config.norm_eps).view(x.shape)
+
+
+def norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of the rows of x [m, d]."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(layers.rms_norm(x.numpy(), gain.numpy(), eps))
+    return rms_norm(x, gain.shape, gain, eps)
+
+
+def gate(x: torch.Tensor) -> torch.Tensor:
+    """gate beside up [m, 2f] -> silu(gate).up [m, f]."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(layers.gate(x.numpy()))
+    gates, up = x.chunk(2, dim=1)
+    return silu(gates) * up
 
 
 def rotate(x: torch.Tensor, rotations: Rotations, interleaved: bool) -> torch.Tensor:
     """RoPE of the first 2.pairs dims of each head [m, heads, d]: coordinates are (2i, 2i + 1) or (i, i + pairs)."""
     cos, sin = rotations
+    if x.device.type == "cpu":
+        turned = layers.rotate(x.contiguous().numpy(), cos[:, 0].numpy(), sin[:, 0].numpy(), interleaved)
+        return torch.from_numpy(turned)
     turning, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
     pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     first, second = pairs.unbind(-1 if interleaved else -2)
@@ -148,12 +168,18 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window:
     """
     rows, heads, d = q.shape
     kv_heads, tokens, _ = keys.shape
-    grouped = q.transpose(0, 1).reshape(1, kv_heads, heads // kv_heads * rows, d)
-    mask = None
-    if rows > 1:
-        order = torch.arange(tokens, device=q.device)
-        own = order[tokens - rows :, None]
-        seen = (order <= own) & (order > own - window) if window else order <= own
-        mask = seen.repeat(heads // kv_heads, 1)
-    out = scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
+    grouped = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, d)
+    if q.device.type == "cpu":
+        parts = zip((grouped * d**-0.5).numpy(), keys.numpy(), values.numpy(), strict=True)
+        out = torch.from_numpy(np.stack([layers.attend(*part, rows, window) for part in parts]))
+    else:
+        mask = None if rows == 1 else _mask(tokens, rows, window, q.device).repeat(heads // kv_heads, 1)
+        out = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask)
     return out.reshape(heads, rows, d).transpose(0, 1).reshape(rows, heads * d)
+
+
+def _mask(tokens: int, rows: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool[rows, tokens]: which tokens each of the last rows sees."""
+    order = torch.arange(tokens, device=device)
+    own = order[tokens - rows :, None]
+    return (order <= own) & (order > own - window) if window else order <= own

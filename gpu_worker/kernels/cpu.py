@@ -27,7 +27,7 @@ DEPTH = 1216  # inputs at a time; a multiple of LINE
 Matrix = npt.NDArray[Any]
 
 
-def _kernel(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def kernel(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """njit without the GIL; compiled code is kept on disk where there is a writable place for it."""
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -39,7 +39,7 @@ def _kernel(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-@_kernel()
+@kernel()
 def _one_row(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
     """y[i, o] += z[i, k0:k1].w[o, k0:k1] for o0 <= o < o1; prefetches as many weights from element `ahead` on."""
     rest = o1 - (o1 - o0) % 4
@@ -49,7 +49,7 @@ def _one_row(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
         dot_tile(z, w, y, i, o, k0, k1, ahead + (o - o0) * (k1 - k0), 1, 1)
 
 
-@_kernel()
+@kernel()
 def _two_rows(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
     """The same for rows i and i + 1."""
     rest = o1 - (o1 - o0) % 4
@@ -59,7 +59,7 @@ def _two_rows(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def
         dot_tile(z, w, y, i, o, k0, k1, ahead + (o - o0) * (k1 - k0), 2, 1)
 
 
-@_kernel()
+@kernel()
 def _four_rows(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
     """The same for rows i to i + 3."""
     rest = o1 - (o1 - o0) % 2
@@ -69,7 +69,7 @@ def _four_rows(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-de
         dot_tile(z, w, y, i, o, k0, k1, ahead + (o - o0) * (k1 - k0), 4, 1)
 
 
-@_kernel()
+@kernel()
 def _last_inputs(z, w, y, o0, o1, k0):  # type: ignore[no-untyped-def]
     """y[:, o] += z[:, k0:].w[o, k0:] for o0 <= o < o1: inputs that fill no tile."""
     kind = z.dtype.type
@@ -81,7 +81,7 @@ def _last_inputs(z, w, y, o0, o1, k0):  # type: ignore[no-untyped-def]
             y[i, o] = total
 
 
-@_kernel()
+@kernel()
 def _block(z, w, y, o0, o1, following):  # type: ignore[no-untyped-def]
     """y[:, o] = z.w[o]^T for o0 <= o < o1. The rows of w from `following` on come next."""
     m, k = z.shape
@@ -101,17 +101,17 @@ def _block(z, w, y, o0, o1, following):  # type: ignore[no-untyped-def]
     _last_inputs(z, w, y, o0, o1, whole)
 
 
-@_kernel()
-def _product(z, w, y, size):  # type: ignore[no-untyped-def]
+@kernel()
+def product(z, w, y, size):  # type: ignore[no-untyped-def]
     """y = z.w^T, `size` rows of w at a time."""
     n = len(w)
     for o in range(0, n, size):
         _block(z, w, y, o, min(o + size, n), o + size)
 
 
-@_kernel(parallel=True)
+@kernel(parallel=True)
 def _product_on_all_cores(z, w, y, size, counter, threads):  # type: ignore[no-untyped-def]
-    """A function of its own: numba's cache would take _product, compiled in parallel, for the serial one.
+    """A function of its own: numba's cache would take product, compiled in parallel, for the serial one.
 
     A thread knows its next block before it starts on one.
     """
@@ -123,7 +123,7 @@ def _product_on_all_cores(z, w, y, size, counter, threads):  # type: ignore[no-u
             o = following
 
 
-@_kernel()
+@kernel()
 def _add_rows(z, e, y, v0, v1, ahead):  # type: ignore[no-untyped-def]
     """y += z[:, v0:v1].e[v0:v1]; prefetches as many elements of e from `ahead` on."""
     m, d = len(z), e.shape[1]
@@ -140,20 +140,20 @@ def _add_rows(z, e, y, v0, v1, ahead):  # type: ignore[no-untyped-def]
                 y[i, j] = kind(y[i, j] + z[i, v] * kind(e[v, j]))
 
 
-@_kernel()
-def _lookup(z, e, y, first, last):  # type: ignore[no-untyped-def]
-    """One task: y += z[:, first:last].e[first:last]."""
+@kernel()
+def sum_rows(z, e, y, first, last):  # type: ignore[no-untyped-def]
+    """y += z[:, first:last].e[first:last]."""
     for v0 in range(first, last, BLOCK):
         v1 = min(v0 + BLOCK, last)
         _add_rows(z, e, y, v0, v1, v1 * e.shape[1])
 
 
-@_kernel(parallel=True)
+@kernel(parallel=True)
 def _lookup_on_all_cores(z, e, parts):  # type: ignore[no-untyped-def]
     """parts[tasks, m, d]: each task adds up the rows of e that fall to it."""
     rows, tasks = len(e), len(parts)
     for task in prange(tasks):
-        _lookup(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
+        sum_rows(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
 
 
 def matmul(z: Matrix, w: Matrix) -> Matrix:
@@ -167,7 +167,7 @@ def matmul(z: Matrix, w: Matrix) -> Matrix:
         raise ValueError("operands have the wrong type")
     y, size = np.empty((len(z), len(w)), z.dtype), _block_rows(len(z), w)
     if len(z) * w.size < SMALL:
-        _product(z, w, y, size)
+        product(z, w, y, size)
     else:
         _product_on_all_cores(z, w, y, size, np.zeros(1, np.int64), get_num_threads())
     return y
@@ -184,7 +184,7 @@ def lookup(z: npt.NDArray[np.int32], table: npt.NDArray[np.int8]) -> npt.NDArray
         raise ValueError("operands have the wrong type or layout")
     if len(z) * table.size < SMALL:
         y = np.zeros((len(z), table.shape[1]), np.int32)
-        _lookup(z, table, y, 0, len(table))
+        sum_rows(z, table, y, 0, len(table))
         return y
     parts = np.zeros((get_num_threads(), len(z), table.shape[1]), np.int32)
     _lookup_on_all_cores(z, table, parts)

@@ -193,7 +193,7 @@ def test_self_check_notices_a_wrong_bit(
 def test_no_two_kernels_share_a_place_in_the_cache() -> None:
     """numba keeps one compiled function for one source, parallel or not: the first one's would serve both."""
     codes = [one.py_func.__code__ for one in vars(cpu).values() if hasattr(one, "py_func")]
-    assert {cpu._product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
+    assert {cpu.product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
     assert len({*codes}) == len(codes)
 
 
@@ -204,4 +204,4 @@ def test_without_a_place_for_compiled_code_nothing_is_cached(monkeypatch: pytest
         return lambda function: ("compiled", function)
 
     monkeypatch.setattr(cpu, "njit", njit)
-    assert cpu._kernel()(abs) == ("compiled", abs)
+    assert cpu.kernel()(abs) == ("compiled", abs)
