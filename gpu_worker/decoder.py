@@ -170,7 +170,7 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window:
     kv_heads, tokens, _ = keys.shape
     grouped = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, d)
     if q.device.type == "cpu":
-        parts = zip((grouped * d**-0.5).numpy(), keys.numpy(), values.numpy(), strict=True)
+        parts = zip((grouped.contiguous() * d**-0.5).numpy(), keys.numpy(), values.numpy(), strict=True)
         out = torch.from_numpy(np.stack([layers.attend(*part, rows, window) for part in parts]))
     else:
         mask = None if rows == 1 else _mask(tokens, rows, window, q.device).repeat(heads // kv_heads, 1)

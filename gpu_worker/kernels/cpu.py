@@ -50,16 +50,6 @@ def _one_row(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _two_rows(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
-    """The same for rows i and i + 1."""
-    rest = o1 - (o1 - o0) % 4
-    for o in range(o0, rest, 4):
-        dot_tile(z, w, y, i, o, k0, k1, ahead + (o - o0) * (k1 - k0), 2, 4)
-    for o in range(rest, o1):
-        dot_tile(z, w, y, i, o, k0, k1, ahead + (o - o0) * (k1 - k0), 2, 1)
-
-
-@kernel()
 def _four_rows(z, w, y, i, o0, o1, k0, k1, ahead):  # type: ignore[no-untyped-def]
     """The same for rows i to i + 3."""
     rest = o1 - (o1 - o0) % 2
@@ -89,20 +79,16 @@ def _block(z, w, y, o0, o1, following):  # type: ignore[no-untyped-def]
     y[:, o0:o1] = 0
     for k0 in range(0, whole, DEPTH):
         k1 = min(k0 + DEPTH, whole)
-        ahead, i = following * k + (o1 - o0) * k0, 0
-        while i + 4 <= m:
+        ahead = following * k + (o1 - o0) * k0
+        for i in range(0, m - m % 4, 4):
             _four_rows(z, w, y, i, o0, o1, k0, k1, ahead if i == 0 else o0 * k)
-            i += 4
-        if i + 2 <= m:
-            _two_rows(z, w, y, i, o0, o1, k0, k1, ahead if i == 0 else o0 * k)
-            i += 2
-        if i < m:
+        for i in range(m - m % 4, m):
             _one_row(z, w, y, i, o0, o1, k0, k1, ahead if i == 0 else o0 * k)
     _last_inputs(z, w, y, o0, o1, whole)
 
 
 @kernel()
-def product(z, w, y, size):  # type: ignore[no-untyped-def]
+def _product(z, w, y, size):  # type: ignore[no-untyped-def]
     """y = z.w^T, `size` rows of w at a time."""
     n = len(w)
     for o in range(0, n, size):
@@ -111,7 +97,7 @@ def product(z, w, y, size):  # type: ignore[no-untyped-def]
 
 @kernel(parallel=True)
 def _product_on_all_cores(z, w, y, size, counter, threads):  # type: ignore[no-untyped-def]
-    """A function of its own: numba's cache would take product, compiled in parallel, for the serial one.
+    """A function of its own: numba's cache would take _product, compiled in parallel, for the serial one.
 
     A thread knows its next block before it starts on one.
     """
@@ -141,7 +127,7 @@ def _add_rows(z, e, y, v0, v1, ahead):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def sum_rows(z, e, y, first, last):  # type: ignore[no-untyped-def]
+def _sum_rows(z, e, y, first, last):  # type: ignore[no-untyped-def]
     """y += z[:, first:last].e[first:last]."""
     for v0 in range(first, last, BLOCK):
         v1 = min(v0 + BLOCK, last)
@@ -153,7 +139,7 @@ def _lookup_on_all_cores(z, e, parts):  # type: ignore[no-untyped-def]
     """parts[tasks, m, d]: each task adds up the rows of e that fall to it."""
     rows, tasks = len(e), len(parts)
     for task in prange(tasks):
-        sum_rows(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
+        _sum_rows(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
 
 
 def matmul(z: Matrix, w: Matrix) -> Matrix:
@@ -161,45 +147,50 @@ def matmul(z: Matrix, w: Matrix) -> Matrix:
 
     int32 wraps around: the product modulo 2^32. Raises ValueError for operands that do not fit.
     """
-    if z.ndim != 2 or w.ndim != 2 or z.shape[1] != w.shape[1] or not (z.flags.c_contiguous and w.flags.c_contiguous):
-        raise ValueError("operands do not fit, or lie in another order")
-    if z.dtype not in (np.int32, np.float32) or (w.dtype != np.int8 and not z.dtype == w.dtype == np.float32):
-        raise ValueError("operands have the wrong type")
+    if z.ndim != 2 or w.ndim != 2 or z.shape[1] != w.shape[1]:
+        raise ValueError("operands do not fit")
+    _check(z, w)
     y, size = np.empty((len(z), len(w)), z.dtype), _block_rows(len(z), w)
     if len(z) * w.size < SMALL:
-        product(z, w, y, size)
+        _product(z, w, y, size)
     else:
         _product_on_all_cores(z, w, y, size, np.zeros(1, np.int64), get_num_threads())
     return y
 
 
-def lookup(z: npt.NDArray[np.int32], table: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    """z int32[m, v], table int8[v, d], both C-contiguous -> z.table modulo 2^32 as int32[m, d].
+def lookup(z: Matrix, table: Matrix) -> Matrix:
+    """z[m, v], table[v, d], of types as in `matmul`, both C-contiguous -> z.table, [m, d] of z's type.
 
-    Raises ValueError for operands that do not fit.
+    int32 wraps around. Raises ValueError for operands that do not fit.
     """
-    if z.ndim != 2 or table.ndim != 2 or z.shape[1] != len(table) or table.dtype != np.int8:
+    if z.ndim != 2 or table.ndim != 2 or z.shape[1] != len(table):
         raise ValueError("operands do not fit")
-    if z.dtype != np.int32 or not (z.flags.c_contiguous and table.flags.c_contiguous):
-        raise ValueError("operands have the wrong type or layout")
+    _check(z, table)
     if len(z) * table.size < SMALL:
-        y = np.zeros((len(z), table.shape[1]), np.int32)
-        sum_rows(z, table, y, 0, len(table))
+        y = np.zeros((len(z), table.shape[1]), z.dtype)
+        _sum_rows(z, table, y, 0, len(table))
         return y
-    parts = np.zeros((get_num_threads(), len(z), table.shape[1]), np.int32)
+    parts = np.zeros((get_num_threads(), len(z), table.shape[1]), z.dtype)
     _lookup_on_all_cores(z, table, parts)
-    summed: npt.NDArray[np.int32] = parts.sum(axis=0, dtype=np.int32)
+    summed: Matrix = parts.sum(axis=0, dtype=z.dtype)
     return summed
 
 
-def warm_up() -> None:
-    """Compile for all types, or fetch from disk: seconds the first time on a machine, else milliseconds."""
-    few, many = (5, 3), (SMALL // 1024, 1024)
-    for kind, weights in ((np.int32, np.int8), (np.float32, np.int8), (np.float32, np.float32)):
-        matmul(np.zeros(few, kind), np.zeros(few, weights))
-        matmul(np.zeros((1, 1024), kind), np.zeros(many, weights))
-    lookup(np.zeros(few, np.int32), np.zeros((3, 5), np.int8))
-    lookup(np.zeros((1, SMALL // 1024), np.int32), np.zeros(many, np.int8))
+def warm_up(kind: type, weights: type, *, lookups: bool) -> None:
+    """Compile for these types, or fetch from disk: seconds the first time on a machine, else milliseconds."""
+    few, row, many = (5, 3), (1, 1024), (SMALL // 1024, 1024)
+    matmul(np.zeros(few, kind), np.zeros(few, weights))
+    matmul(np.zeros(row, kind), np.zeros(many, weights))
+    if lookups:
+        lookup(np.zeros(few, kind), np.zeros(few[::-1], weights))
+        lookup(np.zeros((1, many[0]), kind), np.zeros(many, weights))
+
+
+def _check(z: Matrix, w: Matrix) -> None:
+    if z.dtype not in (np.int32, np.float32) or (w.dtype != np.int8 and not z.dtype == w.dtype == np.float32):
+        raise ValueError("operands have the wrong type")
+    if not (z.flags.c_contiguous and w.flags.c_contiguous):
+        raise ValueError("operands lie in the wrong order")
 
 
 def _block_rows(m: int, w: Matrix) -> int:

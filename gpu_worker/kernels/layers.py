@@ -1,20 +1,15 @@
 """What lies between the products of a decoder block, on the CPU, in float32: RMSNorm, RoPE, SiLU, attention.
 
 One call each: between two products the interpreter's caches are cold, and the many small operations that torch would
-need cost more than the arithmetic. On one core, but for attention over much: waking another one takes 20 us. Every
-array is C-contiguous, so that warm_up has compiled all there is.
+need cost more than the arithmetic. They stay on one core: waking another takes 20 us. Every array is C-contiguous, so
+that warm_up has compiled all there is.
 """
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
 from gpu_worker.kernels import cpu
-from gpu_worker.kernels.cpu import SMALL, kernel
-
-ROWS = 16  # rows of q that go over the keys together
+from gpu_worker.kernels.cpu import kernel, lookup, matmul
 
 F32 = npt.NDArray[np.float32]
 
@@ -82,44 +77,25 @@ def gate(x):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _softmax(scores, start):  # type: ignore[no-untyped-def]
-    """In place; nothing is left of what comes before `start`."""
-    kind = scores.dtype.type
-    scores[:start] = 0
-    seen = scores[start:]
-    peak = seen[0]
-    for j in range(len(seen)):
-        peak = max(peak, seen[j])
-    for j in range(len(seen)):
-        seen[j] -= peak
-    _exponentials(seen, seen)
-    total = kind(0)
-    for j in range(len(seen)):
-        total += seen[j]
-    seen *= kind(1) / total
-
-
-@kernel()
-def _attend(q, keys, values, out, first, last, rows, window):  # type: ignore[no-untyped-def]
-    """Rows `first` to `last` of q: scores, softmax, values. Row i is one of token len(keys) - rows + i % rows."""
-    tokens = len(keys)
-    scores = np.empty((last - first, tokens), q.dtype)
-    cpu.product(q[first:last], keys, scores, cpu.BLOCK)
-    for i in range(first, last):
+def _softmax(scores, rows, window):  # type: ignore[no-untyped-def]
+    """In place, causal: row i of scores [heads.rows, tokens] is one of token tokens - rows + i % rows."""
+    tokens, kind = scores.shape[1], scores.dtype.type
+    for i in range(len(scores)):
         end = tokens - rows + i % rows + 1
         start = max(0, end - window) if window else 0
-        _softmax(scores[i - first, :end], start)
-        scores[i - first, end:] = 0
-    out[first:last] = 0
-    cpu.sum_rows(scores, values, out[first:last], 0, tokens)
-
-
-@kernel(parallel=True)
-def _attend_on_all_cores(q, keys, values, out, rows, window):  # type: ignore[no-untyped-def]
-    """ROWS rows of q are a task."""
-    for task in prange((len(q) + ROWS - 1) // ROWS):
-        first = task * ROWS
-        _attend(q, keys, values, out, first, min(first + ROWS, len(q)), rows, window)
+        scores[i, :start] = 0
+        scores[i, end:] = 0
+        seen = scores[i, start:end]
+        peak, total = seen[0], kind(0)
+        for j in range(len(seen)):
+            peak = max(peak, seen[j])
+        for j in range(len(seen)):
+            seen[j] -= peak
+        _exponentials(seen, seen)
+        for j in range(len(seen)):
+            total += seen[j]
+        for j in range(len(seen)):
+            seen[j] /= total
 
 
 def attend(q: F32, keys: F32, values: F32, rows: int, window: int) -> F32:
@@ -127,22 +103,22 @@ def attend(q: F32, keys: F32, values: F32, rows: int, window: int) -> F32:
 
     The rows of each query head are the last ones of the sequence; with a window W a row sees its last W tokens.
     """
-    out = np.empty_like(q)
-    if 2 * q.size * len(keys) < SMALL or len(q) <= ROWS:
-        for first in range(0, len(q), ROWS):
-            _attend(q, keys, values, out, first, min(first + ROWS, len(q)), rows, window)
-    else:
-        _attend_on_all_cores(q, keys, values, out, rows, window)
-    return out
+    scores = matmul(q, keys)
+    _softmax(scores, rows, window)
+    return lookup(scores, values)
 
 
-def warm_up() -> None:
-    """Compile everything, or fetch it from disk."""
-    x: Any = np.ones((ROWS + 1, 64), np.float32)
+def warm_up(int8: bool, ring_only: bool) -> None:
+    """Compile all that a model of this precision needs, or fetch it from disk."""
+    if int8:
+        cpu.warm_up(np.int32, np.int8, lookups=True)
+    if ring_only:
+        return
+    if int8:
+        cpu.warm_up(np.float32, np.int8, lookups=False)
+    cpu.warm_up(np.float32, np.float32, lookups=True)
+    x, angles = np.ones((2, 64), np.float32), np.ones((2, 32), np.float32)
     rms_norm(x, x[0], 1e-6)
-    angles = np.ones((len(x), 32), np.float32)
     rotate(x[:, None], angles, angles, False)
     gate(x)
-    attend(x[:2], x, x, 2, 0)
-    keys = np.ones((SMALL // x.size, 64), np.float32)
-    attend(x, keys, keys, 1, 0)
+    _softmax(x, 2, 0)
