@@ -194,6 +194,5 @@ def _check(z: Matrix, w: Matrix) -> None:
 
 
 def _block_rows(m: int, w: Matrix) -> int:
-    if m >= 16:
-        return BLOCK
-    return min(max(BLOCK_BYTES // (w.shape[1] * w.itemsize) // 4 * 4, 4), BLOCK)
+    row_bytes: int = w.shape[1] * w.itemsize
+    return BLOCK if m >= 16 else min(max(BLOCK_BYTES // row_bytes // 4 * 4, 4), BLOCK)

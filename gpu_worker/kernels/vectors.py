@@ -23,7 +23,12 @@ _WORD, _INDEX = ir.IntType(32), ir.IntType(64)
 _FAST = ("fast",)  # float: any order of additions, multiply-add in one rounding
 
 
-@intrinsic
+def _instructions(function: Callable[..., Any]) -> Any:
+    """To call from compiled code, without `typing`. `function` gives the types and what writes the instructions."""
+    return intrinsic(prefer_literal=True)(function)
+
+
+@_instructions
 def take(typing: Any, counter: Any) -> tuple[Any, Callable[..., Any]]:
     """counter int64[1] -> its value, and adds 1, for threads that share it."""
 
@@ -34,7 +39,7 @@ def take(typing: Any, counter: Any) -> tuple[Any, Callable[..., Any]]:
     return types.int64(counter), code
 
 
-@intrinsic(prefer_literal=True)
+@_instructions
 def dot_tile(
     typing: Any, z: Any, w: Any, y: Any, i: Any, o: Any, k0: Any, k1: Any, ahead: Any, rows: Any, outputs: Any
 ) -> tuple[Any, Callable[..., Any]]:
@@ -66,7 +71,7 @@ def dot_tile(
     return types.void(z, w, y, *[types.int64] * 5, rows, outputs), code
 
 
-@intrinsic(prefer_literal=True)
+@_instructions
 def row_tile(
     typing: Any, z: Any, e: Any, y: Any, i: Any, v0: Any, v1: Any, d: Any, ahead: Any, rows: Any
 ) -> tuple[Any, Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """Ring products have the bits that int64 gives, on the CPU kernels and through the digits of the CUDA path."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.kernels import cpu, cuda, layers
+from gpu_worker.kernels.vectors import LINE
 
 SHAPES = [
     *[(m, k, n) for m in (1, 2, 3, 4, 5, 8, 13) for k, n in ((1, 1), (7, 3), (64, 33), (33, 130))],
@@ -119,7 +121,7 @@ def test_digits_are_balanced_and_weigh_up_to_the_word() -> None:
     assert torch.equal(cuda.combine(parts.to(torch.int32)), words)
 
 
-@pytest.mark.parametrize(("k", "n"), [(1, 5), (cpu.LINE, 7), (cpu.LINE + 3, 33), (cpu.DEPTH + cpu.LINE + 1, 130)])
+@pytest.mark.parametrize(("k", "n"), [(1, 5), (LINE, 7), (LINE + 3, 33), (cpu.DEPTH + LINE + 1, 130)])
 def test_every_number_of_rows_over_every_edge_of_a_tile(k: int, n: int) -> None:
     """And whatever lay in the output before; on one core and on all."""
     for m in range(1, 34):
@@ -137,7 +139,7 @@ def test_every_number_of_rows_over_every_edge_of_a_tile(k: int, n: int) -> None:
 @pytest.mark.parametrize("weights", [np.int8, np.float32])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 70), (2, 65, 3), (5, 1300, 33), (16, 96, 40), (33, 1280, 70)])
 def test_float_products_are_close_to_float64(m: int, k: int, n: int, weights: type) -> None:
-    w = _operands(m, k, n)[1].astype(weights)
+    w: npt.NDArray[Any] = _operands(m, k, n)[1].astype(weights)
     x = np.random.default_rng(3).standard_normal((m, k)).astype(np.float32)
     expected = x.astype(np.float64) @ w.T.astype(np.float64)
     np.testing.assert_allclose(cpu.matmul(x, w), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -148,7 +150,7 @@ def test_float_products_are_close_to_float64(m: int, k: int, n: int, weights: ty
 @pytest.mark.parametrize("weights", [np.int8, np.float32])
 def test_a_row_has_the_same_result_in_any_batch(weights: type) -> None:
     """A tile adds up in the same order, whatever its shape."""
-    w = _operands(1, 1300, 37)[1].astype(weights)
+    w: npt.NDArray[Any] = _operands(1, 1300, 37)[1].astype(weights)
     x = np.random.default_rng(3).standard_normal((9, 1300)).astype(np.float32)
     np.testing.assert_array_equal(cpu.matmul(x, w), np.concatenate([cpu.matmul(x[i : i + 1], w) for i in range(9)]))
 
@@ -163,7 +165,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         (np.asfortranarray(z), w),
     ):
         with pytest.raises(ValueError, match="operands"):
-            cpu.matmul(bad_z, bad_w)  # type: ignore[arg-type]
+            cpu.matmul(bad_z, bad_w)
     table = np.ascontiguousarray(w.T)
     for bad_z, bad_table in (
         (z[:, :7], table),
@@ -174,7 +176,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         (z, w.T),
     ):
         with pytest.raises(ValueError, match="operands"):
-            cpu.lookup(bad_z, bad_table)  # type: ignore[arg-type]
+            cpu.lookup(bad_z, bad_table)
     with pytest.raises(ValueError, match="operands"):
         cuda.ring_lookup(torch.zeros((1, 8), dtype=torch.float32), torch.zeros((8, 3), dtype=torch.int8))
     with pytest.raises(ValueError, match="operands"):
