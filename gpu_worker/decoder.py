@@ -56,13 +56,13 @@ class Decoder:
         """Residual stream -> q beside k [m, (H+K).d] before norm and RoPE, and v [m, K, d]."""
         c = self.config
         qkv = self._linear(layer, Linear.QKV, self._norm(Kind.ATTENTION_NORM, layer, x))
-        qk, v = qkv.split((c.q_width + c.kv_width, c.kv_width), dim=1)
+        qk, v = qkv.split_with_sizes((c.q_width + c.kv_width, c.kv_width), dim=1)
         return qk, v.unflatten(1, (-1, c.head_dim))
 
     def split_qk(self, qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q beside k [m, (H+K).d] -> q [m, H, d] and k [m, K, d]."""
-        q, k = qk.unflatten(1, (-1, self.config.head_dim)).split((self.config.heads, self.config.kv_heads), dim=1)
-        return q, k
+        heads = qk.unflatten(1, (-1, self.config.head_dim))
+        return heads[:, : self.config.heads], heads[:, self.config.heads :]
 
     def rotations(self, positions: torch.Tensor) -> Rotations:
         """cos and sin [m, 1, pairs]."""
@@ -72,12 +72,14 @@ class Decoder:
     def finish_qk(self, layer: int, qk: torch.Tensor, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
         """What project_qkv gave -> q [m, H, d] and k [m, K, d], normed and rotated as the model asks."""
         c = self.config
-        q, k = self.split_qk(qk)
         if c.qk_norm:
-            q, k = self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)
+            q, k = self.split_qk(qk)
+            qk = torch.cat((self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)), 1).flatten(
+                1
+            )
         if c.rope is not None:
-            q, k = rotate(q, rotations, c.rope.interleaved), rotate(k, rotations, c.rope.interleaved)
-        return q, k
+            qk = rotate(qk.unflatten(1, (-1, c.head_dim)), rotations, c.rope.interleaved).flatten(1)
+        return self.split_qk(qk)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, permute_qk: bool
@@ -86,13 +88,14 @@ class Decoder:
 
         The running tables of a sequence permute its v, and with `permute_qk` its q and k.
         """
-        rows = [rows for _, rows in spans]
-        parts = []
-        for (sequence, _), own_q, own_k, own_v in zip(spans, q.split(rows), k.split(rows), v.split(rows), strict=True):
+        parts, first = [], 0
+        for sequence, rows in spans:
+            own_q, own_k, own_v = (one[first : first + rows] for one in (q, k, v)) if len(spans) > 1 else (q, k, v)
             final_q, final_k = sequence.arrange_qk(layer, own_q, own_k) if permute_qk else (own_q, own_k)
             keys, values = sequence.append(layer, final_k, sequence.arrange_v(layer, own_v))
             parts.append(attention(final_q, keys, values, self.config.window))
-        return torch.cat(parts)
+            first += rows
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def finish_block(self, layer: int, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """Residual stream and attention [m, H.d] -> residual stream after the block."""

@@ -88,7 +88,7 @@ def _block(z, w, y, o0, o1, following):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _product(z, w, y, size):  # type: ignore[no-untyped-def]
+def product(z, w, y, size):  # type: ignore[no-untyped-def]
     """y = z.w^T, `size` rows of w at a time."""
     n = len(w)
     for o in range(0, n, size):
@@ -97,7 +97,7 @@ def _product(z, w, y, size):  # type: ignore[no-untyped-def]
 
 @kernel(parallel=True)
 def _product_on_all_cores(z, w, y, size, counter, threads):  # type: ignore[no-untyped-def]
-    """A function of its own: numba's cache would take _product, compiled in parallel, for the serial one.
+    """A function of its own: numba's cache would take product, compiled in parallel, for the serial one.
 
     A thread knows its next block before it starts on one.
     """
@@ -127,7 +127,7 @@ def _add_rows(z, e, y, v0, v1, ahead):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _sum_rows(z, e, y, first, last):  # type: ignore[no-untyped-def]
+def sum_rows(z, e, y, first, last):  # type: ignore[no-untyped-def]
     """y += z[:, first:last].e[first:last]."""
     for v0 in range(first, last, BLOCK):
         v1 = min(v0 + BLOCK, last)
@@ -139,7 +139,7 @@ def _lookup_on_all_cores(z, e, parts):  # type: ignore[no-untyped-def]
     """parts[tasks, m, d]: each task adds up the rows of e that fall to it."""
     rows, tasks = len(e), len(parts)
     for task in prange(tasks):
-        _sum_rows(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
+        sum_rows(z, e, parts[task], task * rows // tasks, (task + 1) * rows // tasks)
 
 
 def matmul(z: Matrix, w: Matrix) -> Matrix:
@@ -152,7 +152,7 @@ def matmul(z: Matrix, w: Matrix) -> Matrix:
     _check(z, w)
     y, size = np.empty((len(z), len(w)), z.dtype), _block_rows(len(z), w)
     if len(z) * w.size < SMALL:
-        _product(z, w, y, size)
+        product(z, w, y, size)
     else:
         _product_on_all_cores(z, w, y, size, np.zeros(1, np.int64), get_num_threads())
     return y
@@ -168,7 +168,7 @@ def lookup(z: Matrix, table: Matrix) -> Matrix:
     _check(z, table)
     if len(z) * table.size < SMALL:
         y = np.zeros((len(z), table.shape[1]), z.dtype)
-        _sum_rows(z, table, y, 0, len(table))
+        sum_rows(z, table, y, 0, len(table))
         return y
     parts = np.zeros((get_num_threads(), len(z), table.shape[1]), z.dtype)
     _lookup_on_all_cores(z, table, parts)

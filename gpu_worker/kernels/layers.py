@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_worker.kernels import cpu
-from gpu_worker.kernels.cpu import kernel, lookup, matmul
+from gpu_worker.kernels.cpu import BLOCK, SMALL, kernel, lookup, matmul, product, sum_rows
 
 F32 = npt.NDArray[np.float32]
 
@@ -98,11 +98,23 @@ def _softmax(scores, rows, window):  # type: ignore[no-untyped-def]
             seen[j] /= total
 
 
+@kernel()
+def _attend(q, keys, values, rows, window):  # type: ignore[no-untyped-def]
+    scores, out = np.empty((len(q), len(keys)), q.dtype), np.zeros_like(q)
+    product(q, keys, scores, BLOCK)
+    _softmax(scores, rows, window)
+    sum_rows(scores, values, out, 0, len(keys))
+    return out
+
+
 def attend(q: F32, keys: F32, values: F32, rows: int, window: int) -> F32:
     """Causal attention of one key head: q [heads.rows, d], scaled, over keys and values [tokens, d] -> [heads.rows, d].
 
     The rows of each query head are the last ones of the sequence; with a window W a row sees its last W tokens.
     """
+    if q.size * len(keys) < SMALL:
+        few: F32 = _attend(q, keys, values, rows, window)
+        return few
     scores = matmul(q, keys)
     _softmax(scores, rows, window)
     return lookup(scores, values)
@@ -121,4 +133,5 @@ def warm_up(int8: bool, ring_only: bool) -> None:
     rms_norm(x, x[0], 1e-6)
     rotate(x[:, None], angles, angles, False)
     gate(x)
+    attend(x, x, x, 2, 0)
     _softmax(x, 2, 0)

@@ -129,7 +129,7 @@ def test_every_number_of_rows_over_every_edge_of_a_tile(k: int, n: int) -> None:
         expected, poison = _reference(z, w), np.full((m, n), 0x55555555, np.int32)
         for size in (4, cpu.BLOCK):
             y = poison.copy()
-            cpu._product(z, w, y, size)
+            cpu.product(z, w, y, size)
             np.testing.assert_array_equal(y, expected)
             y = poison.copy()
             cpu._product_on_all_cores(z, w, y, size, np.zeros(1, np.int64), 3)
@@ -222,7 +222,7 @@ def test_no_two_kernels_share_a_place_in_the_cache() -> None:
     """numba keeps one compiled function for one source, parallel or not: the first one's would serve both."""
     kernels = {**vars(cpu), **vars(layers)}
     codes = [one.py_func.__code__ for one in kernels.values() if hasattr(one, "py_func")]
-    assert {cpu._product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
+    assert {cpu.product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
     assert len({*codes}) == len(codes)
 
 
