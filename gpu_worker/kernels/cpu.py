@@ -195,4 +195,4 @@ def _check(z: Matrix, w: Matrix) -> None:
 
 def _block_rows(m: int, w: Matrix) -> int:
     row_bytes: int = w.shape[1] * w.itemsize
-    return BLOCK if m >= 16 else min(max(BLOCK_BYTES // row_bytes // 4 * 4, 4), BLOCK)
+    return BLOCK if m >= 16 else min(max(BLOCK_BYTES // row_bytes // 8 * 8, 8), BLOCK)
