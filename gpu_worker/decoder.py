@@ -15,7 +15,7 @@ from gpu_worker.cache import Sequence
 from gpu_worker.kernels import layers
 from gpu_worker.weights import Float32Weights, ParameterSet, Weights
 from wire.errors import PreconditionError
-from wire.linears import Linear, spec
+from wire.linears import Linear, all_specs
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, weight_name
 
@@ -31,6 +31,8 @@ class Decoder:
         self.config = config
         self.device = device
         self._sources = sources
+        self._names = {(of.layer, of.linear): weight_name(config, of) for of in all_specs(config)}
+        self._biased = dict.fromkeys(Linear, config.mlp_bias) | {Linear.QKV: config.qkv_bias, Linear.O: config.o_bias}
         self._frequencies = torch.from_numpy(config.inverse_frequencies()).to(device)
 
     def over(self, overlay: ParameterSet) -> "Decoder":
@@ -41,7 +43,7 @@ class Decoder:
         """x float32[m, k] -> x.W^T float32[m, n], without bias. Raises PreconditionError for weights that are not here,
         as every other step does.
         """
-        return self._find(weight_name(self.config, spec(self.config, layer, linear))).product(x)
+        return self._find(self._names[layer, linear]).product(x)
 
     def positions(self, spans: Spans) -> torch.Tensor:
         """int64[m]: those that come next in each sequence."""
@@ -120,9 +122,8 @@ class Decoder:
         return cast(Float32Weights, self._find(name)).vector()  # in both precisions
 
     def _linear(self, layer: int, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        y, c = self.matmul(layer, linear, x), self.config
-        biased = {Linear.QKV: c.qkv_bias, Linear.O: c.o_bias}.get(linear, c.mlp_bias)
-        return y.add_(self._vector(Name(Kind.LINEAR, layer, linear, bias=True))) if biased else y
+        y = self.matmul(layer, linear, x)
+        return y.add_(self._vector(Name(Kind.LINEAR, layer, linear, bias=True))) if self._biased[linear] else y
 
     def _norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
         gain, eps = self._vector(Name(kind, layer)), self.config.norm_eps
