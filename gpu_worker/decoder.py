@@ -7,7 +7,6 @@ other, `spans` says how many belong to which. Float32 results equal those of tra
 
 from typing import cast
 
-import numpy as np
 import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
@@ -170,15 +169,13 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window:
     The query heads of a group share their keys, so they are laid out as further rows of one head. With a window W a
     row sees its last W tokens; a single row is given no others.
     """
+    if q.device.type == "cpu":
+        return torch.from_numpy(layers.attention(q.numpy(), keys.numpy(), values.numpy(), window))
     rows, heads, d = q.shape
     kv_heads, tokens, _ = keys.shape
-    grouped = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, d)
-    if q.device.type == "cpu":
-        parts = zip((grouped.contiguous() * d**-0.5).numpy(), keys.numpy(), values.numpy(), strict=True)
-        out = torch.from_numpy(np.stack([layers.attend(*part, rows, window) for part in parts]))
-    else:
-        mask = None if rows == 1 else _mask(tokens, rows, window, q.device).repeat(heads // kv_heads, 1)
-        out = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask)
+    grouped = q.transpose(0, 1).reshape(1, kv_heads, heads // kv_heads * rows, d)
+    mask = None if rows == 1 else _mask(tokens, rows, window, q.device).repeat(heads // kv_heads, 1)
+    out = scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
     return out.reshape(heads, rows, d).transpose(0, 1).reshape(rows, heads * d)
 
 

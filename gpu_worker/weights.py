@@ -76,9 +76,11 @@ class Int8Weights:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Float activations times int8 weights, scaled per output afterwards."""
-        on_cpu = x.device.type == "cpu"
-        y = _on_cpu(x, self.quantised) if on_cpu else x @ self.quantised.t().to(x.dtype)
-        return y.mul_(self.scale)
+        if x.device.type != "cpu":
+            return (x @ self.quantised.t().to(x.dtype)).mul_(self.scale)
+        y = _on_cpu(x, self.quantised)
+        cpu.scale(y.numpy(), self.scale.numpy())  # torch would wake another core for the head
+        return y
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows, dequantised."""

@@ -158,6 +158,14 @@ def matmul(z: Matrix, w: Matrix) -> Matrix:
     return y
 
 
+@kernel()
+def scale(y, factors):  # type: ignore[no-untyped-def]
+    """y[m, n] of float32 times factors[n], in place."""
+    for i in range(len(y)):
+        for j in range(y.shape[1]):
+            y[i, j] *= factors[j]
+
+
 def lookup(z: Matrix, table: Matrix) -> Matrix:
     """z[m, v], table[v, d], of types as in `matmul`, both C-contiguous -> z.table, [m, d] of z's type.
 
@@ -181,6 +189,8 @@ def warm_up(kind: type, weights: type, *, lookups: bool) -> None:
     few, row, many = (5, 3), (1, 1024), (SMALL // 1024, 1024)
     matmul(np.zeros(few, kind), np.zeros(few, weights))
     matmul(np.zeros(row, kind), np.zeros(many, weights))
+    if kind is np.float32:
+        scale(np.zeros(few, kind), np.zeros(3, kind))
     if lookups:
         lookup(np.zeros(few, kind), np.zeros(few[::-1], weights))
         lookup(np.zeros((1, many[0]), kind), np.zeros(many, weights))

@@ -120,6 +120,16 @@ def attend(q: F32, keys: F32, values: F32, rows: int, window: int) -> F32:
     return lookup(scores, values)
 
 
+def attention(q: F32, keys: F32, values: F32, window: int) -> F32:
+    """q [rows, H, d], the last rows of a sequence, over keys and values [K, tokens, d] -> [rows, H.d]."""
+    rows, heads, d = q.shape
+    grouped = np.multiply(q.transpose(1, 0, 2), d**-0.5, order="C").reshape(len(keys), -1, d)
+    out = np.empty_like(grouped)
+    for own, own_keys, own_values, result in zip(grouped, keys, values, out, strict=True):
+        result[:] = attend(own, own_keys, own_values, rows, window)
+    return out.reshape(heads, rows, d).transpose(1, 0, 2).reshape(rows, heads * d)
+
+
 def warm_up(int8: bool, ring_only: bool) -> None:
     """Compile all that a model of this precision needs, or fetch it from disk."""
     if int8:
