@@ -127,7 +127,8 @@ def attention(q: F32, keys: F32, values: F32, window: int) -> F32:
     out = np.empty_like(grouped)
     for own, own_keys, own_values, result in zip(grouped, keys, values, out, strict=True):
         result[:] = attend(own, own_keys, own_values, rows, window)
-    return out.reshape(heads, rows, d).transpose(1, 0, 2).reshape(rows, heads * d)
+    joined: F32 = out.reshape(heads, rows, d).transpose(1, 0, 2).reshape(rows, heads * d)
+    return joined
 
 
 def warm_up(int8: bool, ring_only: bool) -> None:
