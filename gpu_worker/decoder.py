@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from gpu_worker.cache import Sequence
+from gpu_worker.kernels import layers
 from gpu_worker.weights import Float32Weights, ParameterSet, Weights
 from wire.errors import PreconditionError
-from wire.linears import Linear, spec
+from wire.linears import Linear, all_specs
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, weight_name
 
@@ -29,6 +30,8 @@ class Decoder:
         self.config = config
         self.device = device
         self._sources = sources
+        self._names = {(of.layer, of.linear): weight_name(config, of) for of in all_specs(config)}
+        self._biased = dict.fromkeys(Linear, config.mlp_bias) | {Linear.QKV: config.qkv_bias, Linear.O: config.o_bias}
         self._frequencies = torch.from_numpy(config.inverse_frequencies()).to(device)
 
     def over(self, overlay: ParameterSet) -> "Decoder":
@@ -39,7 +42,7 @@ class Decoder:
         """x float32[m, k] -> x.W^T float32[m, n], without bias. Raises PreconditionError for weights that are not here,
         as every other step does.
         """
-        return self._find(weight_name(self.config, spec(self.config, layer, linear))).product(x)
+        return self._find(self._names[layer, linear]).product(x)
 
     def positions(self, spans: Spans) -> torch.Tensor:
         """int64[m]: those that come next in each sequence."""
@@ -54,13 +57,13 @@ class Decoder:
         """Residual stream -> q beside k [m, (H+K).d] before norm and RoPE, and v [m, K, d]."""
         c = self.config
         qkv = self._linear(layer, Linear.QKV, self._norm(Kind.ATTENTION_NORM, layer, x))
-        qk, v = qkv.split((c.q_width + c.kv_width, c.kv_width), dim=1)
+        qk, v = qkv.split_with_sizes((c.q_width + c.kv_width, c.kv_width), dim=1)
         return qk, v.unflatten(1, (-1, c.head_dim))
 
     def split_qk(self, qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q beside k [m, (H+K).d] -> q [m, H, d] and k [m, K, d]."""
-        q, k = qk.unflatten(1, (-1, self.config.head_dim)).split((self.config.heads, self.config.kv_heads), dim=1)
-        return q, k
+        heads = qk.unflatten(1, (-1, self.config.head_dim))
+        return heads[:, : self.config.heads], heads[:, self.config.heads :]
 
     def rotations(self, positions: torch.Tensor) -> Rotations:
         """cos and sin [m, 1, pairs]."""
@@ -70,12 +73,14 @@ class Decoder:
     def finish_qk(self, layer: int, qk: torch.Tensor, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
         """What project_qkv gave -> q [m, H, d] and k [m, K, d], normed and rotated as the model asks."""
         c = self.config
-        q, k = self.split_qk(qk)
         if c.qk_norm:
-            q, k = self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)
+            q, k = self.split_qk(qk)
+            qk = torch.cat((self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)), 1).flatten(
+                1
+            )
         if c.rope is not None:
-            q, k = rotate(q, rotations, c.rope.interleaved), rotate(k, rotations, c.rope.interleaved)
-        return q, k
+            qk = rotate(qk.unflatten(1, (-1, c.head_dim)), rotations, c.rope.interleaved).flatten(1)
+        return self.split_qk(qk)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, permute_qk: bool
@@ -84,21 +89,21 @@ class Decoder:
 
         The running tables of a sequence permute its v, and with `permute_qk` its q and k.
         """
-        rows = [rows for _, rows in spans]
-        parts = []
-        for (sequence, _), own_q, own_k, own_v in zip(spans, q.split(rows), k.split(rows), v.split(rows), strict=True):
+        parts, first = [], 0
+        for sequence, rows in spans:
+            own_q, own_k, own_v = (one[first : first + rows] for one in (q, k, v)) if len(spans) > 1 else (q, k, v)
             final_q, final_k = sequence.arrange_qk(layer, own_q, own_k) if permute_qk else (own_q, own_k)
             keys, values = sequence.append(layer, final_k, sequence.arrange_v(layer, own_v))
             parts.append(attention(final_q, keys, values, self.config.window))
-        return torch.cat(parts)
+            first += rows
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def finish_block(self, layer: int, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """Residual stream and attention [m, H.d] -> residual stream after the block."""
         x = x + self._linear(layer, Linear.O, a)
         up = self._linear(layer, Linear.GATE_UP, self._norm(Kind.FFN_NORM, layer, x))
         if self.config.gated:
-            gate, up = up.chunk(2, dim=1)
-            return x + self._linear(layer, Linear.DOWN, silu(gate) * up)
+            return x + self._linear(layer, Linear.DOWN, gate(up))
         return x + self._linear(layer, Linear.DOWN, gelu(up, approximate="tanh"))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,23 +121,41 @@ class Decoder:
         return cast(Float32Weights, self._find(name)).vector()  # in both precisions
 
     def _linear(self, layer: int, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        y, c = self.matmul(layer, linear, x), self.config
-        biased = {Linear.QKV: c.qkv_bias, Linear.O: c.o_bias}.get(linear, c.mlp_bias)
-        return y.add_(self._vector(Name(Kind.LINEAR, layer, linear, bias=True))) if biased else y
+        y = self.matmul(layer, linear, x)
+        return y.add_(self._vector(Name(Kind.LINEAR, layer, linear, bias=True))) if self._biased[linear] else y
 
     def _norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
-        gain, shape, eps = self._vector(Name(kind, layer)), (self.config.hidden,), self.config.norm_eps
+        gain, eps = self._vector(Name(kind, layer)), self.config.norm_eps
         if not self.config.layer_norm:
-            return rms_norm(x, shape, gain, eps)
-        return layer_norm(x, shape, gain, self._vector(Name(kind, layer, bias=True)), eps)
+            return norm(x, gain, eps)
+        return layer_norm(x, gain.shape, gain, self._vector(Name(kind, layer, bias=True)), eps)
 
     def _head_norm(self, kind: Kind, layer: int, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, (self.config.head_dim,), self._vector(Name(kind, layer)), self.config.norm_eps)
+        heads = x.reshape(-1, self.config.head_dim)
+        return norm(heads, self._vector(Name(kind, layer)), self.config.norm_eps).view(x.shape)
+
+
+def norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of the rows of x [m, d]."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(layers.rms_norm(x.numpy(), gain.numpy(), eps))
+    return rms_norm(x, gain.shape, gain, eps)
+
+
+def gate(x: torch.Tensor) -> torch.Tensor:
+    """gate beside up [m, 2f] -> silu(gate).up [m, f]."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(layers.gate(x.numpy()))
+    gates, up = x.chunk(2, dim=1)
+    return silu(gates) * up
 
 
 def rotate(x: torch.Tensor, rotations: Rotations, interleaved: bool) -> torch.Tensor:
     """RoPE of the first 2.pairs dims of each head [m, heads, d]: coordinates are (2i, 2i + 1) or (i, i + pairs)."""
     cos, sin = rotations
+    if x.device.type == "cpu":
+        turned = layers.rotate(x.contiguous().numpy(), cos[:, 0].numpy(), sin[:, 0].numpy(), interleaved)
+        return torch.from_numpy(turned)
     turning, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
     pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     first, second = pairs.unbind(-1 if interleaved else -2)
@@ -146,14 +169,18 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window:
     The query heads of a group share their keys, so they are laid out as further rows of one head. With a window W a
     row sees its last W tokens; a single row is given no others.
     """
+    if q.device.type == "cpu":
+        return torch.from_numpy(layers.attention(q.numpy(), keys.numpy(), values.numpy(), window))
     rows, heads, d = q.shape
     kv_heads, tokens, _ = keys.shape
     grouped = q.transpose(0, 1).reshape(1, kv_heads, heads // kv_heads * rows, d)
-    mask = None
-    if rows > 1:
-        order = torch.arange(tokens, device=q.device)
-        own = order[tokens - rows :, None]
-        seen = (order <= own) & (order > own - window) if window else order <= own
-        mask = seen.repeat(heads // kv_heads, 1)
+    mask = None if rows == 1 else _mask(tokens, rows, window, q.device).repeat(heads // kv_heads, 1)
     out = scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
     return out.reshape(heads, rows, d).transpose(0, 1).reshape(rows, heads * d)
+
+
+def _mask(tokens: int, rows: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool[rows, tokens]: which tokens each of the last rows sees."""
+    order = torch.arange(tokens, device=device)
+    own = order[tokens - rows :, None]
+    return (order <= own) & (order > own - window) if window else order <= own

@@ -42,7 +42,7 @@ class Float32Weights:
     """W as it is in the checkpoint. With k = 1 it is a vector."""
 
     def __init__(self, n: int, k: int, device: str) -> None:
-        self.weight = torch.empty((n, k), device=device)
+        self.weight = _matrix(n, k, torch.float32, device)
 
     def put(self, first: int, tile: F32) -> None:
         """A copy."""
@@ -50,7 +50,7 @@ class Float32Weights:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """float32 matrix product."""
-        return x @ self.weight.t()
+        return _on_cpu(x, self.weight) if x.device.type == "cpu" else x @ self.weight.t()
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """A plain lookup."""
@@ -65,7 +65,7 @@ class Int8Weights:
     """W = quantised int8[n, k] times scale float32[n]. The ring products use the same `quantised`."""
 
     def __init__(self, n: int, k: int, device: str) -> None:
-        self.quantised = torch.empty((n, k), dtype=torch.int8, device=device)
+        self.quantised = _matrix(n, k, torch.int8, device)
         self.scale = torch.empty(n, device=device)
 
     def put(self, first: int, tile: F32) -> None:
@@ -76,15 +76,26 @@ class Int8Weights:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Float activations times int8 weights, scaled per output afterwards."""
-        if x.device.type == "cpu":
-            y = torch.from_numpy(cpu.matmul(x.contiguous().numpy(), self.quantised.numpy()))
-        else:
-            y = x @ self.quantised.t().to(x.dtype)
-        return y.mul_(self.scale)
+        if x.device.type != "cpu":
+            return (x @ self.quantised.t().to(x.dtype)).mul_(self.scale)
+        y = _on_cpu(x, self.quantised)
+        cpu.scale(y.numpy(), self.scale.numpy())  # torch would wake another core for the head
+        return y
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows, dequantised."""
         return self.quantised[ids].to(torch.float32) * self.scale[ids, None]
+
+
+def _matrix(n: int, k: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Uninitialised. On the CPU it is numpy's memory, which asks for huge pages: a fifth faster to read."""
+    if device != "cpu":
+        return torch.empty((n, k), dtype=dtype, device=device)
+    return torch.from_numpy(np.empty((n, k), np.int8 if dtype is torch.int8 else np.float32))
+
+
+def _on_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(cpu.matmul(x.contiguous().numpy(), weight.numpy()))
 
 
 class ParameterSet:

@@ -17,7 +17,7 @@ import torch
 from gpu_worker.allowance import Allowance
 from gpu_worker.cache import MAX_CACHE_BYTES
 from gpu_worker.calls import Call
-from gpu_worker.kernels import cpu
+from gpu_worker.kernels import layers
 from gpu_worker.model import Model
 from gpu_worker.ring import Ring
 from gpu_worker.stream import Stream
@@ -66,7 +66,7 @@ class Worker:
         self.model = None
         start = time.monotonic()
         if self.device == "cpu":
-            cpu.warm_up()
+            layers.warm_up(precision == pb.PRECISION_INT8, self._ring_only)
         self.model = Model(self._folders[name], precision, self.device, self._ring_only)
         self._overlay_allowance.limit = self.model.parameter_bytes
         where = self.device

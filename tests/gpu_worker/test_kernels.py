@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.kernels import cpu, cuda
+from gpu_worker.kernels import cpu, cuda, layers
+from gpu_worker.kernels.vectors import LINE
 
 SHAPES = [
     *[(m, k, n) for m in (1, 2, 3, 4, 5, 8, 13) for k, n in ((1, 1), (7, 3), (64, 33), (33, 130))],
@@ -124,12 +125,38 @@ def test_digits_are_balanced_and_weigh_up_to_the_word() -> None:
     assert torch.equal(cuda.combine(parts.to(torch.int32)), words)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 70), (2, 65, 3), (5, 1300, 33), (16, 96, 40)])
-def test_float_product_is_close_to_float64(m: int, k: int, n: int) -> None:
-    _, w = _operands(m, k, n)
+@pytest.mark.parametrize(("k", "n"), [(1, 5), (LINE, 7), (LINE + 3, 33), (cpu.DEPTH + LINE + 1, 130)])
+def test_every_number_of_rows_over_every_edge_of_a_tile(k: int, n: int) -> None:
+    """And whatever lay in the output before; on one core and on all."""
+    for m in range(1, 34):
+        z, w = _operands(m, k, n, seed=1)
+        expected, poison = _reference(z, w), np.full((m, n), 0x55555555, np.int32)
+        for size in (4, cpu.BLOCK):
+            y = poison.copy()
+            cpu.product(z, w, y, size)
+            np.testing.assert_array_equal(y, expected)
+            y = poison.copy()
+            cpu._product_on_all_cores(z, w, y, size, np.zeros(1, np.int64), 3)
+            np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("weights", [np.int8, np.float32])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 70), (2, 65, 3), (5, 1300, 33), (16, 96, 40), (33, 1280, 70)])
+def test_float_products_are_close_to_float64(m: int, k: int, n: int, weights: type) -> None:
+    w: npt.NDArray[Any] = _operands(m, k, n)[1].astype(weights)
     x = np.random.default_rng(3).standard_normal((m, k)).astype(np.float32)
     expected = x.astype(np.float64) @ w.T.astype(np.float64)
     np.testing.assert_allclose(cpu.matmul(x, w), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    table = np.ascontiguousarray(w.T)
+    np.testing.assert_allclose(cpu.lookup(x, table), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("weights", [np.int8, np.float32])
+def test_a_row_has_the_same_result_in_any_batch(weights: type) -> None:
+    """A tile adds up in the same order, whatever its shape."""
+    w: npt.NDArray[Any] = _operands(1, 1300, 37)[1].astype(weights)
+    x = np.random.default_rng(3).standard_normal((9, 1300)).astype(np.float32)
+    np.testing.assert_array_equal(cpu.matmul(x, w), np.concatenate([cpu.matmul(x[i : i + 1], w) for i in range(9)]))
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
@@ -142,18 +169,18 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         (np.asfortranarray(z), w),
     ):
         with pytest.raises(ValueError, match="operands"):
-            cpu.matmul(bad_z, bad_w)  # type: ignore[arg-type]
+            cpu.matmul(bad_z, bad_w)
     table = np.ascontiguousarray(w.T)
     for bad_z, bad_table in (
         (z[:, :7], table),
-        (z.astype(np.float32), table),
+        (z.astype(np.int64), table),
         (z, table.astype(np.int32)),
         (z[0], table),
         (np.asfortranarray(z), table),
         (z, w.T),
     ):
         with pytest.raises(ValueError, match="operands"):
-            cpu.lookup(bad_z, bad_table)  # type: ignore[arg-type]
+            cpu.lookup(bad_z, bad_table)
     with pytest.raises(ValueError, match="operands"):
         cuda.ring_lookup(torch.zeros((1, 8), dtype=torch.float32), torch.zeros((8, 3), dtype=torch.int8))
     with pytest.raises(ValueError, match="operands"):
@@ -263,8 +290,9 @@ def test_the_kernels_of_a_device_need_torch_numpy_and_triton_only() -> None:
 
 def test_no_two_kernels_share_a_place_in_the_cache() -> None:
     """numba keeps one compiled function for one source, parallel or not: the first one's would serve both."""
-    codes = [one.py_func.__code__ for one in vars(cpu).values() if hasattr(one, "py_func")]
-    assert {cpu._product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
+    kernels = {**vars(cpu), **vars(layers)}
+    codes = [one.py_func.__code__ for one in kernels.values() if hasattr(one, "py_func")]
+    assert {cpu.product.py_func.__code__, cpu._product_on_all_cores.py_func.__code__} < {*codes}
     assert len({*codes}) == len(codes)
 
 
@@ -275,4 +303,4 @@ def test_without_a_place_for_compiled_code_nothing_is_cached(monkeypatch: pytest
         return lambda function: ("compiled", function)
 
     monkeypatch.setattr(cpu, "njit", njit)
-    assert cpu._kernel()(abs) == ("compiled", abs)
+    assert cpu.kernel()(abs) == ("compiled", abs)
