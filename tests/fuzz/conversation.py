@@ -206,7 +206,7 @@ class ConversationTarget:
             peer.socket.close()
 
     def _ticket(self, way: int) -> bytes:
-        good = self._server.issue() if way in (GOOD, SHORT) else self._used
+        good = self._server.issue() if way == GOOD else self._used
         if way == GOOD:
             self._used = good
         return good[:-1] if way == SHORT else bytes(32) if way == WRONG else good
