@@ -221,7 +221,7 @@ def _accepted(said: bytes, at: int, into: Any) -> int:
             header = (response.header.dtype, tuple(response.header.shape))
             if header != (header_of(into).dtype, into.shape):
                 raise Bug("stream_plane: an answer of another form was accepted")
-        if response.refused and first or response.ended:
+        if (response.refused and first) or response.ended:
             raise Bug("stream_plane: a refusal was accepted")
         data, first = data + part, False
     if into is not None and data != into.tobytes():

@@ -1,7 +1,7 @@
 """The GPU worker's stream socket in this process: its door in a thread of asyncio, its calls in the compute thread.
 
-Nothing here waits for time to pass: `settle` returns when the compute thread has read what was there, and `expire` moves
-the deadlines of half calls into the past.
+Nothing here waits for time to pass: `settle` returns when the compute thread has read what was there, and `expire`
+moves the deadlines of half calls into the past.
 """
 
 import asyncio

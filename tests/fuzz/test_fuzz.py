@@ -129,7 +129,7 @@ def trusting(request: Any, opened: Any) -> None:
 
 
 def unbounded(prefix: memoryview) -> tuple[int, int]:
-    return struct.unpack("<ii", prefix)  # type: ignore[return-value]
+    return struct.unpack("<ii", prefix)
 
 
 def believing(self: Any, plane: Any) -> Any:

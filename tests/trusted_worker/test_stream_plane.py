@@ -50,9 +50,9 @@ def test_a_welcome_is_waited_for_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_a_welcome_with_data_is_none(tmp_path: Path) -> None:
-    with saying(tmp_path / "socket", pack(pb.ExecuteResponse(), 8), 0) as address:
-        with pytest.raises(UnavailableError, match="refused"):
-            StreamPlane(address, TICKET, 10)
+    welcome = pack(pb.ExecuteResponse(), 8)
+    with saying(tmp_path / "socket", welcome, 0) as address, pytest.raises(UnavailableError, match="refused"):
+        StreamPlane(address, TICKET, 10)
 
 
 def test_an_empty_welcome_opens_the_stream(tmp_path: Path) -> None:
