@@ -50,6 +50,7 @@ class Conversation:
         self._request_seconds, self._on_end = request_seconds, on_end
         self._inbox = Inbox(peer)
         self._reader, self._stream = CallReader(ring_only), worker.open_stream()
+        self._answering = False
         self._steps = self._talk()
         next(self._steps)
 
@@ -68,8 +69,11 @@ class Conversation:
             return 0
 
     def give_up(self) -> None:
-        """See Talker."""
-        self._tell(DeadlineError("the peer stopped within a call"))
+        """See Talker. Within an answer a status would be taken for data."""
+        if self._answering:
+            self._counts.refused += 1
+        else:
+            self._tell(DeadlineError("the peer stopped within a call"))
 
     def close(self) -> None:
         """See Talker."""
@@ -90,8 +94,9 @@ class Conversation:
                 call = yield from self._read(prefix, begun or 0)
                 outcome = carry_out(self._worker, call, self._stream, self._traffic.compute)
                 self._hurry()
+                self._answering = True
                 yield from self._answer(call.id, outcome)
-                self.deadline = None
+                self._answering, self.deadline = False, None
 
     def _hurry(self) -> None:
         self.deadline = time.monotonic() + self._request_seconds

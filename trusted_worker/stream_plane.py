@@ -10,6 +10,7 @@ comes a ticket; it goes nowhere but there.
 import contextlib
 import select
 import socket
+import time
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -35,12 +36,15 @@ class StreamPlane:
         self._inbox = stream_socket.Inbox(self._socket)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
+        self._until: float | None = time.monotonic() + seconds
         try:
             self._socket.sendall(ticket)
-            self.receive()
+            if self.receive()[1]:
+                raise VerificationError
         except (OSError, UnavailableError, VerificationError):
             self.close()
             raise UnavailableError("the GPU worker refused the stream") from None
+        self._until = None
         self._socket.settimeout(None)
 
     @property
@@ -84,6 +88,8 @@ class StreamPlane:
         """See Plane."""
         while place:
             try:
+                if self._until is not None:  # of the welcome, however slowly it comes
+                    self._socket.settimeout(max(self._until - time.monotonic(), 0))
                 count = self._inbox.receive(place)
             except OSError:
                 count = 0

@@ -16,8 +16,11 @@ CLASSES = {
     "offload": "OffloadTarget",
     "client": "ClientTarget",
     "sockets": "SocketsTarget",
+    "conversation": "ConversationTarget",
+    "stream_plane": "StreamPlaneTarget",
 }
-SHARES = {"gpu": 0.6, "trusted": 0.2, "offload": 0.15, "client": 0.03, "sockets": 0.02}  # of the frames of a whole run
+SHARES = {"gpu": 0.53, "trusted": 0.2, "offload": 0.15, "client": 0.03, "sockets": 0.02}  # of the frames of a whole run
+SHARES |= {"conversation": 0.03, "stream_plane": 0.04}
 HEADROOM = 768 << 20  # of address space: one allocation beyond it fails, and that is a bug
 LARGEST_SEED = 4096  # bytes of a corpus file that is no reproducer of a bug
 

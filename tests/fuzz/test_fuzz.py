@@ -1,5 +1,6 @@
 """The corpus, and a short run of every target. The long run: python -m tests.fuzz (RESULTS.md)."""
 
+import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,16 @@ import torch
 from Crypto.Cipher import AES
 
 from client import session
+from gpu_worker import conversation
 from gpu_worker.cache import CacheStore, Sequence
 from gpu_worker.calls import CallReader
 from gpu_worker.expected import LOOKUP_ROWS
 from tests.fuzz import targets, tiny
-from tests.fuzz.harness import Bug, Target, alarms, attempt, load, replay, shortest
+from tests.fuzz.calls import frames
+from tests.fuzz.conversation import GOOD, HONEST, SHUT, STEPWISE
+from tests.fuzz.harness import Bug, Target, alarms, attempt, load, pack, replay, shortest
 from tests.fuzz.run import run
+from tests.fuzz.stream_frames import frame_of
 from trusted_worker import offload
 from trusted_worker.offload import GpuWorker
 from trusted_worker.service import Service
@@ -31,7 +36,8 @@ from wire.v1 import tensor_pb2
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
 FRAMES = {"gpu": 8000, "trusted": 600, "offload": 4000, "client": 300, "sockets": 300}
-INSIDE = ("gpu", "trusted", "offload", "client")
+FRAMES |= {"conversation": 600, "stream_plane": 1000}
+INSIDE = ("gpu", "trusted", "offload", "client", "conversation", "stream_plane")
 Make = Callable[[str], Target]
 
 
@@ -81,6 +87,21 @@ def test_the_same_seed_gives_the_same_frames(make: Make) -> None:
     assert first == second != run(make("gpu"), 300, "another").outcomes
 
 
+def test_a_stream_may_be_cut_at_every_byte(make: Make) -> None:
+    """A valid call in two frames, and the answer that it has in one part."""
+    target = make("conversation")
+    target.begin()
+    operation = pb.Operation(ring_matmul=pb.RingMatmul(linear=pb.LINEAR_QKV))
+    call = frames(1, operation, np.arange(16, dtype=np.int32)[None], 1)
+    whole = b"".join(frame_of(message).to_bytes() for message in call)
+    outcomes = {
+        target.play(b"C" + bytes([GOOD, SHUT, STEPWISE | HONEST]) + pack([whole[:place], whole[place:]]))
+        for place in range(len(whole) + 1)
+    }
+    target.end()
+    assert outcomes == {"answered"}
+
+
 def broken(*_: Any) -> None:
     raise IndexError
 
@@ -107,6 +128,15 @@ def trusting(request: Any, opened: Any) -> None:
         raise KeyError(opened.scheme)
 
 
+def unbounded(prefix: memoryview) -> tuple[int, int]:
+    return struct.unpack("<ii", prefix)
+
+
+def believing(self: Any, plane: Any) -> Any:
+    frame, size, _ = plane.receive()
+    return pb.ExecuteResponse(id=frame.id, header=frame.header), size
+
+
 def unsealing(key: bytes, sequence: int, body: bytes, bound: bytes) -> bytes:
     return AES.new(key, AES.MODE_GCM, nonce=sequence.to_bytes(12, "big")).decrypt(body[:-16])
 
@@ -118,6 +148,8 @@ PLANTED: dict[str, tuple[str, Any, str, Any]] = {
     "a refusal that is taken for an answer": ("offload", offload, "_refusal", taking_anything),
     "a session that must exist": ("trusted", Service, "session", expecting),
     "another scheme that is not foreseen": ("client", session, "_check_echo", trusting),
+    "lengths that nobody checks": ("conversation", conversation, "lengths", unbounded),
+    "answers of another call": ("stream_plane", GpuWorker, "_receive", believing),
     "a seal that is not looked at": ("client", sealing, "_open", unsealing),
 }
 

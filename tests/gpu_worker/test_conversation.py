@@ -1,22 +1,28 @@
 """Calls on a stream socket: the answers of gRPC, its refusals and deadlines, and no more power for a hostile peer."""
 
 import asyncio
+import contextlib
 import random
+import socket
 import struct
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from selectors import EVENT_WRITE
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+from gpu_worker.conversation import Conversation
+from gpu_worker.traffic import Traffic
+from gpu_worker.worker import Worker
 from tests.gpu_worker.calling import HIDDEN, VOCABULARY, execute, frames, load
 from tests.gpu_worker.on_socket import Ended, OnSocket, attached, on_wire
 from tests.gpu_worker.test_server import DROP, GOOD, MALFORMED, RESERVE, RING_QKV, Z
 from wire.codec import FRAME_BYTES, MAX_ROWS
 from wire.kv_pages import PAGE_TOKENS
-from wire.stream_socket import MAX_ENVELOPE_BYTES
+from wire.stream_socket import MAX_ENVELOPE_BYTES, pack
 from wire.v1 import gpu_worker_pb2 as pb
 
 Serve = Callable[..., AbstractAsyncContextManager[Any]]
@@ -179,6 +185,28 @@ async def test_a_peer_that_takes_no_answers_loses_what_it_reserved_and_stalls_no
             assert stub.traffic.sockets.calls - number < 50
             await until(lambda: (stub.traffic.streams, stub.traffic.busy) == (1, 0))
             assert await execute(stub, frames(1, RESERVE)) == {1: None}
+
+
+def test_no_status_is_told_within_an_answer(worker: Worker) -> None:
+    """The peer takes some of it in the moment in which its time is over."""
+    worker.load("llama", pb.PRECISION_INT8)
+    own, peer = socket.socketpair()
+    for one in (own, peer):
+        one.setblocking(False)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    talker = Conversation(own, worker, False, Traffic(), 60.0, lambda: None)
+    peer.send(on_wire(frames(1, HEAD, Z)[0]))
+    number = 1
+    while talker.go_on() != EVENT_WRITE:
+        number += 1
+        peer.send(on_wire(frames(number, HEAD, Z)[0]))
+    heard = peer.recv(1 << 20)
+    talker.give_up()
+    talker.close()
+    with contextlib.suppress(BlockingIOError):
+        heard += peer.recv(1 << 20)
+    assert pack(pb.ExecuteResponse(ended=Status.DEADLINE_EXCEEDED.value[0])) not in heard
+    peer.close()
 
 
 @pytest.mark.parametrize("way", ["at rest", "within a call", "with an answer not taken"])
