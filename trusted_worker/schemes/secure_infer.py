@@ -13,8 +13,8 @@ process, side channels of the TEE. A wrong row passes verification with probabil
 Steps, by the numbers that the documents use too; m rows, k inputs, n outputs:
  1. Quantise: x_q = round(x / s_x), one s_x per row, as fine as the ring allows; no product reaches 2^30.
  2. Mask:     z = x_q + r mod 2^32, r fresh for each row and linear, spent here whatever happens next.
- 3. Worker:   y' = z . W_q^T mod 2^32.
- 4. Recover:  y_q = y' - u as signed int32, u = r . W_q^T from the bank, a segment at a time.
+ 3. Worker:   y' = z . W_q^T mod 2^32. Meanwhile u is opened here, and c . x_q of step 5 is made.
+ 4. Recover:  y_q = y' - u as signed int32, u = r . W_q^T from the bank, a sheet at a time.
  5. Verify:   s . y_q = c . x_q mod P and |y_q| < 2^30, row by row, one verdict, before any use.
  6. Dequantise: y = y_q * s_x * s_w (+ bias).
 When the bank is dry, or for prefill rows when pads are worth more for decode, the product is computed inside: the
@@ -177,7 +177,7 @@ class SecureInfer(InsideDecoder):
             def meanwhile() -> None:
                 for pad in pads:
                     pad.open(spec)
-                expected.append(self._verifier.expect(spec, x_q, self._scratch))
+                expected.append(self._verifier.expect(spec, x_q, self._scratch))  # (5), what needs no answer
 
             self._exchange(ring_matmul(spec), spec, z, pads, y_q, meanwhile)
         if not self._verifier.accepts(expected[0], y_q, self._scratch):  # (5)
