@@ -64,9 +64,8 @@ def test_a_role_imports_with_the_others_absent(role: str, tmp_path: Path) -> Non
         if path.name != "__init__.py"
     ]
     blocked = FORBIDDEN_IN_TRUSTED if role == "trusted_worker" else ()
-    absent = (
-        () if importlib.util.find_spec("triton") else ("triton", "triton.language")
-    )  # comes with CUDA builds of torch
+    # What comes with CUDA builds of torch alone.
+    absent = () if importlib.util.find_spec("triton") else ("triton", "triton.language")
     program = (
         "import importlib, sys\n"
         "from unittest.mock import MagicMock\n"

@@ -27,8 +27,8 @@ WORLDS = (
     ("qwen3", "kv-shield", "float32", "64KiB", ("--seal-idle", "--rotate-every", "4", "--kv-dtype", "int8")),
     ("gpt2", "plain", "float32", "64KiB", ()),
     ("llama", "tee-only", "int8", "80KiB", ("--embed", "client", "--kv-dtype", "int8")),
-    ("qwen3", "secure-infer", "int8", "136KiB", ("--embed", "client", "--prefill", "worker", "--pad-bank", "8KiB")),
-    ("llama", "secure-infer", "int8", "96KiB", ("--kv-dtype", "float16", "--prefill", "worker", "--pad-bank", "8KiB")),
+    ("qwen3", "secure-infer", "int8", "160KiB", ("--embed", "client", "--prefill", "worker", "--pad-bank", "8KiB")),
+    ("llama", "secure-infer", "int8", "112KiB", ("--kv-dtype", "float16", "--prefill", "worker", "--pad-bank", "8KiB")),
     ("llama", "tee-only", "float32", "320KiB", _ADAPTERS),
 )
 PRECISIONS = {"float32": gpu.PRECISION_FLOAT32, "int8": gpu.PRECISION_INT8}
