@@ -69,9 +69,8 @@ def bench(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
     found = measure(plan.starts, loads, options.repeat, plan.together)
     rates = Rates.best([before, machine_rates.measured(progress)]) if before else None
     progress.clear()
-    result = _header(options, folder, "context", "tokens", "batch", "repeat", "prefill", "projections") | {
-        "notes": plan.notes
-    }
+    result = _header(options, folder, "context", "tokens", "batch", "repeat", "prefill", "projections")
+    result["notes"] = plan.notes
     result["interleaved"] = "running clusters" if plan.together else "clusters started for each repetition"
     result |= {"rates": asdict(rates) if rates else None, "rows": _rows(folder, found, options.tokens, rates)}
     result["ratios"] = ratios.as_dicts(ratios.ratios(found))

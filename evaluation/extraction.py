@@ -13,7 +13,7 @@ reported, and so an upper bound. Intervals are over questions: the tokens of one
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from client.attestation.policy import Policy
 from client.session import Request, TrustedWorker, connect
 from client.tokenizer import Tokenizer
 from client.turn import Pacing
+from deploy.local.child import Progress
 from deploy.local.cluster import Cluster, Settings
 from evaluation import eavesdrop, student
 from evaluation.transcript import Exchange, Recorder
@@ -37,8 +38,6 @@ STEPS = 100  # of a student's training
 RESAMPLES = 2000
 PAD_BANK, PADS, PAD_SECONDS = "64MiB", 128, 30.0  # pads in stock before a conversation begins
 MOST_CONTEXT = 256
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.local.child import Progress
 from evaluation.masked import F32, MaskedLinear
 from wire.checkpoint import Checkpoint
 from wire.errors import ExhaustedError, PreconditionError
@@ -31,8 +32,6 @@ PARAMETERS = {  # degree: bits of the moduli (at most 109, 218, 438 in all), bit
 SECURITY = 128
 QUICK = 50  # products of a round, where they take no time
 CLEAR, PADDED, MAKING, CKKS = "in the clear, float32", "one-time pad, in stock", "one-time pad, made as well", "CKKS"
-
-Progress = Callable[[str, float], None]
 
 
 class Encrypted:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deploy.local.child import Child
+from deploy.local.child import Child, Progress
 from deploy.local.cluster import ROOT
 from evaluation.roofline import Rates
 from wire.lifetime import die_with_parent
@@ -22,8 +22,6 @@ ARRAY_BYTES = 512 << 20
 SECONDS = 0.5  # for each way to do it
 ROWS, INPUTS, OUTPUTS = 512, 896, 4864
 LIMIT_SECONDS = 300.0
-
-Progress = Callable[[str, float], None]
 
 
 def measured(progress: Progress) -> Rates:

@@ -32,10 +32,8 @@ class MaskedLinear:
     def __init__(self, weight: F32) -> None:
         """`weight`: float32[n, k]."""
         self._weight, self._scale = quantize_rows(weight)
-        self._matmul, self._longest = (
-            _ring_product(),
-            float(np.linalg.norm(self._weight.astype(np.float64), axis=1).max()),
-        )
+        self._matmul = _ring_product()
+        self._longest = float(np.linalg.norm(self._weight.astype(np.float64), axis=1).max())
         secret = [secrets.randbelow(PRIME) for _ in range(len(weight))]
         self._sum = _limbs(secret)
         self._check = _limbs([_mod_prime(column) for column in (self._sum @ self._weight.astype(np.float64)).T])
@@ -55,7 +53,7 @@ class MaskedLinear:
         z = x_q + self._random(index)  # (2)
         y_q = self._matmul(z, self._weight) - u  # (3), (4)
         ours, theirs = _mod_prime(self._check @ x_q), _mod_prime(self._sum @ y_q)  # (5)
-        if ours != theirs or max(y_q.max(), -y_q.min()) >= PRODUCT_BOUND:
+        if ours != theirs or max(int(y_q.max()), -int(y_q.min())) >= PRODUCT_BOUND:
             raise VerificationError
         return y_q * (self._scale * np.float32(step))  # (6)
 

@@ -20,6 +20,7 @@ from client.attestation.policy import Policy
 from client.counters import Counters
 from client.session import Request, Session, connect
 from client.turn import Pacing
+from deploy.local.child import Progress
 from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
 from evaluation.processes import cpu_seconds, resident_bytes
 from evaluation.refill import Glimpse, Refill, Watch
@@ -34,8 +35,6 @@ STEP_SECONDS = 600.0
 WARM_TOKENS = 64
 CLIENT = "client"
 ROLES = {CLIENT: "client", TRUSTED_WORKER: "trusted_worker", GPU_WORKER: "gpu_worker"}  # as they are reported
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

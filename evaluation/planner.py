@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from client.terminal import size
+from deploy.local.child import Progress
 from deploy.local.cluster import Settings
 from evaluation import reference
 from evaluation.flags import OUTSIDE_NOTHING
-from evaluation.measure import Load, Progress, Rig
+from evaluation.measure import Load, Rig
 from evaluation.reference import TRANSFORMERS, Reference
 from evaluation.rounds import Key, Start
 from evaluation.sizing import FILL, available_bytes, library_bytes, sizes

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from client.counters import Counters
-from deploy.local.child import Child
+from deploy.local.child import Child, Progress
 from deploy.local.cluster import ROOT
-from evaluation.measure import CLIENT, STEP_SECONDS, Load, Progress, Sample, prompts_of
+from evaluation.measure import CLIENT, STEP_SECONDS, Load, Sample, prompts_of
 from evaluation.processes import cpu_seconds, resident_bytes
 from wire.errors import DeadlineError, UnavailableError
 from wire.model_config import ModelConfig

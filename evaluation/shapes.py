@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.shapes import SHAPES, shape
+from deploy.local.child import Progress
 from wire.errors import CheckpointError, ExhaustedError
 from wire.model_config import ModelConfig
 from wire.parameters import Parameter, parameters
@@ -29,7 +30,6 @@ SPARE_BYTES = 1 << 30  # of the disk, left free
 _PIECE = 1 << 22  # values made at once
 _WIDTH = 2  # bytes of a bfloat16
 
-Progress = Callable[[str, float], None]
 Tensor = tuple[str, tuple[int, ...]]
 
 

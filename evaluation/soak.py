@@ -19,6 +19,7 @@ from typing import TextIO
 from client.attestation.policy import Policy
 from client.flags import default_precision
 from client.session import Request, TrustedWorker, connect
+from deploy.local.child import Progress
 from deploy.local.cluster import Cluster, Settings
 from evaluation.clients import Client, Conversation, answered, conversations
 from evaluation.faults import STEP_SECONDS, Faults
@@ -33,8 +34,6 @@ SESSION_SECONDS = 10  # how long a session outlives its client
 FAULT_SECONDS = (4.0, 20.0)  # between two faults
 LAST_SECONDS = 180.0  # for an answer to every client after the last fault, and for sessions to expire
 POLL_SECONDS = 0.5
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

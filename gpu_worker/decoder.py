@@ -75,9 +75,8 @@ class Decoder:
         c = self.config
         if c.qk_norm:
             q, k = self.split_qk(qk)
-            qk = torch.cat((self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)), 1).flatten(
-                1
-            )
+            normed = self._head_norm(Kind.Q_NORM, layer, q), self._head_norm(Kind.K_NORM, layer, k)
+            qk = torch.cat(normed, 1).flatten(1)
         if c.rope is not None:
             qk = rotate(qk.unflatten(1, (-1, c.head_dim)), rotations, c.rope.interleaved).flatten(1)
         return self.split_qk(qk)

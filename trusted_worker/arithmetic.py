@@ -145,13 +145,12 @@ class Bound:
         """The promise of step 1, on the integers: sums of |x_q| are exact, of squares to k * 2^-53. `peaks` are the
         largest |x_q|. `spare` is written over.
         """
-        limit = self.square_limit * _SURELY
         if max(peaks, default=0) >= X_LIMIT:
             return False
-        if all(square <= limit for square in np.vecdot(x_q, x_q).tolist()):
-            return True
-        ones = np.abs(x_q, out=spare).sum(axis=1).tolist()
-        return all(s <= limit or 127 * one < Y_LIMIT for s, one in zip(np.vecdot(x_q, x_q).tolist(), ones, strict=True))
+        fits = np.vecdot(x_q, x_q) <= self.square_limit * _SURELY
+        if not fits.all():  # rows with a few large elements
+            fits |= 127 * np.abs(x_q, out=spare).sum(axis=1) < Y_LIMIT
+        return bool(fits.all())
 
 
 def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
@@ -172,7 +171,7 @@ def quantize(x: F32, bound: Bound, scratch: Scratch) -> tuple[I32, F32]:
             np.copyto(wide, x[rows])
             factors += _quantize(wide, spare, bound)
             np.copyto(x_q[rows], wide, casting="unsafe")
-    return x_q, np.array([[1 / factor if factor else 0.0] for factor in factors], np.float32).reshape(-1, 1)
+    return x_q, np.array([1 / factor if factor else 0.0 for factor in factors], np.float32)[:, None]
 
 
 def _quantize(x: F64, spare: F64, bound: Bound) -> list[float]:

@@ -24,7 +24,6 @@ class KeyStream:
         self._counters = np.empty((_AT_ONCE, 4), ">u4")
         self._bytes = self._counters.data.cast("B")
         self._steps = np.arange(_AT_ONCE, dtype=np.uint32)
-        self._first = -1  # block number of the first counter
 
     def write(self, nonce: bytes, out: npt.NDArray[Any], first: int = 0) -> None:
         """The stream of a 12-byte nonce into `out`, C-contiguous: its bytes from block `first` on.
@@ -35,9 +34,10 @@ class KeyStream:
         blocks = -(-len(room) // BLOCK_BYTES)
         if first + blocks > 1 << 32:
             raise ValueError("a key stream has at most 2^32 blocks")
-        self._counters[: min(blocks, _AT_ONCE), :3] = np.frombuffer(nonce, ">u4")
         for start in range(0, blocks, _AT_ONCE):
-            self._count_from(first + start)
+            counters = self._counters[: blocks - start]
+            counters[:, :3] = np.frombuffer(nonce, ">u4")
+            counters[:, 3] = self._steps[: blocks - start] + np.uint32(first + start)
             part = room[start * BLOCK_BYTES : (start + _AT_ONCE) * BLOCK_BYTES]
             whole = len(part) // BLOCK_BYTES * BLOCK_BYTES
             self._cipher.encrypt(self._bytes[:whole], output=part[:whole])
@@ -52,7 +52,6 @@ class KeyStream:
             for nonce, row in zip(nonces, out, strict=True):
                 self.write(nonce, row)
             return
-        self._first = -1
         for top in range(0, len(nonces), together):
             names = np.frombuffer(b"".join(nonces[top : top + together]), ">u4").reshape(-1, 1, 3)
             counters = self._counters[: len(names) * blocks].reshape(len(names), blocks, 4)
@@ -60,8 +59,3 @@ class KeyStream:
             counters[:, :, 3] = self._steps[:blocks]
             place = out[top : top + together].data.cast("B")
             self._cipher.encrypt(self._bytes[: len(place)], output=place)
-
-    def _count_from(self, first: int) -> None:
-        if first != self._first:
-            self._counters[:, 3] = self._steps + np.uint32(first)  # wraps only behind the last block
-            self._first = first

@@ -11,7 +11,6 @@ is opened once in a pass, while the worker computes the first product that needs
 import os
 import tempfile
 from collections import deque
-from itertools import accumulate
 
 import numpy as np
 from Crypto.Cipher import AES
@@ -30,9 +29,7 @@ class Bank:
     def __init__(self, boot_key: bytes, specs: list[LinearSpec], size: int, folder: str | None) -> None:
         self._key = HKDF(boot_key, 32, b"", SHA256, context=b"cleave pad bank v1")
         self.sheets = Sheets(specs)
-        self._offsets = list(accumulate((4 * width + TAG_BYTES for width in self.sheets.widths), initial=0))
-        self._row_bytes = self._offsets.pop()
-        self.capacity = size // self._row_bytes
+        self.capacity = size // self.sheets.row_bytes
         self._free = list(range(self.capacity))
         self._ready: deque[tuple[int, int]] = deque()
         self._file = tempfile.TemporaryFile(dir=folder, prefix="cleave-pads-")  # noqa: SIM115
@@ -50,7 +47,7 @@ class Bank:
     @property
     def size(self) -> int:
         """Bytes that lie outside when the bank is full."""
-        return self.capacity * self._row_bytes
+        return self.capacity * self.sheets.row_bytes
 
     def take(self) -> "Pad | None":
         """The oldest pad, gone from the bank for good; None when it is dry."""
@@ -92,7 +89,7 @@ class Bank:
         self._free.append(slot)
 
     def _start(self, sheet: int, slot: int) -> int:
-        return slot * self._row_bytes + self._offsets[sheet]
+        return slot * self.sheets.row_bytes + self.sheets.offsets[sheet]
 
 
 class Pad:

@@ -165,10 +165,9 @@ class _Frame:
     """Not a generator: there are a thousand in a step."""
 
     def __init__(self, scratch: Scratch) -> None:
-        self._scratch, self._base = scratch, 0
+        self._scratch, self._base = scratch, scratch._top
 
-    def __enter__(self) -> None:
-        self._base = self._scratch._top
+    def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None:
         self._scratch._back_to(self._base)

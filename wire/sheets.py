@@ -3,6 +3,7 @@
 A sheet holds the outputs of consecutive linears, up to SHEET words; a new one begins wherever a layer does.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from wire.linears import Linear, LinearSpec
@@ -21,7 +22,10 @@ class Piece(NamedTuple):
 
 
 class Sheets:
-    """How the outputs of `specs`, in the order of a forward pass, are cut. `widths`: words of each sheet."""
+    """How the outputs of `specs`, in the order of a forward pass, are cut.
+
+    `widths`: words of each sheet. `offsets`: where each lies, sealed, in the `row_bytes` of a pad.
+    """
 
     def __init__(self, specs: list[LinearSpec]) -> None:
         self.widths: list[int] = []
@@ -33,11 +37,7 @@ class Sheets:
                 self.widths.append(0)
                 group = mine
             self.pieces[spec] = self._cut(spec.n)
-
-    @property
-    def row_bytes(self) -> int:
-        """Of all sheets of one pad, sealed."""
-        return sum(4 * width + TAG_BYTES for width in self.widths)
+        *self.offsets, self.row_bytes = accumulate((4 * width + TAG_BYTES for width in self.widths), initial=0)
 
     def _cut(self, n: int) -> list[Piece]:
         found, start = [], 0

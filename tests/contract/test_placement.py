@@ -66,7 +66,7 @@ def test_only_the_other_linears_go_out_have_pads_and_are_checked(model_folder: F
     seen = cast(RecordingWorker, rig.worker).seen
     assert {Linear(linear) for _, linear, _ in seen} == set(Linear) - set(PROJECTIONS)
     assert set(rig.scheme._verifier._c) == set(all_specs(rig.config, PROJECTIONS))
-    assert rig.bank._row_bytes == row_bytes(all_specs(rig.config, PROJECTIONS))
+    assert rig.bank.sheets.row_bytes == row_bytes(all_specs(rig.config, PROJECTIONS))
     products, kept = len(rig.weights.specs), len(PROJECTIONS) * rig.config.layers
     counters = rig.scheme.counters()
     assert counters["products_inside"] == kept * len(PROMPT)
@@ -77,8 +77,8 @@ def test_a_bank_of_the_same_size_holds_more_pads(model_folder: Folder) -> None:
     folder = model_folder("llama")
     gpu, trusted = (build(folder, "secure-infer", flags=flags).bank for flags in PLACES.values())
     bank = 64 * row_bytes([*all_specs(ModelConfig.from_hf(folder)), lookup_spec(ModelConfig.from_hf(folder))])
-    assert gpu.capacity == bank // gpu._row_bytes
-    assert trusted.capacity == bank // trusted._row_bytes > 1.2 * gpu.capacity
+    assert gpu.capacity == bank // gpu.sheets.row_bytes
+    assert trusted.capacity == bank // trusted.sheets.row_bytes > 1.2 * gpu.capacity
 
 
 @pytest.mark.parametrize("stock", [0, 3, 64])

@@ -19,6 +19,7 @@ from tests.fuzz.harness import Bug, pack, unpack
 from tests.fuzz.mutate import Mutator
 from tests.fuzz.offload import ALLOWED, TEMPLATES, answer
 from tests.fuzz.stream_frames import PREFIX, Frame, cut, disorder, frame_of, spoil
+from tests.trusted_worker.fake_gpu_worker import read
 from trusted_worker.offload import GpuWorker
 from trusted_worker.stream_plane import StreamPlane
 from wire.codec import header_of
@@ -175,7 +176,7 @@ class StreamPlaneTarget:
                 self._through.put(error)
 
     def _play_script(self, peer: socket.socket, end: int, welcome: list[bytes], calls: Any) -> None:
-        _hear(peer, len(TICKET))
+        read(peer, len(TICKET))
         for part in welcome:
             peer.sendall(part)
         if _frame_at(b"".join(welcome), 0) is None:
@@ -243,20 +244,10 @@ def _frame_at(said: bytes, at: int) -> tuple[pb.ExecuteResponse, bytes, int] | N
         return None
 
 
-def _hear(peer: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = peer.recv(size - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return data
-
-
 def _hear_call(peer: socket.socket) -> None:
     """All of a request: those of the templates are one frame."""
-    length, size = PREFIX.unpack(_hear(peer, 8))
-    _hear(peer, length + size)
+    length, size = PREFIX.unpack(read(peer, 8))
+    read(peer, length + size)
 
 
 def _open_files() -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.simulators.workers import HonestWorker, Meanwhile, do, fill, read_weight
+from tests.simulators.workers import HonestWorker, read_weight
 from wire import codec, parameters
 from wire.linears import Linear, spec
 from wire.quantize import quantize_rows
@@ -23,19 +23,10 @@ class QuickWorker(HonestWorker):
         super().__init__(*arguments)
         self._matrices: dict[tuple[int, int], I8] = {}
 
-    def call(
-        self,
-        operation: pb.Operation,
-        array: codec.Array | None,
-        into: codec.Array | None,
-        meanwhile: Meanwhile = None,
-    ) -> None:
-        """See schemes.base.Worker."""
-        assert array is not None
-        self.calls += 1
+    def answer(self, operation: pb.Operation, array: codec.Array) -> codec.Array:
+        """See HonestWorker."""
         lookup, ring = operation.HasField("ring_lookup"), operation.ring_matmul
-        do(meanwhile)
-        fill(into, _product(array, self.matrix(None if lookup else (ring.layer, int(ring.linear)))))
+        return _product(array, self.matrix(None if lookup else (ring.layer, int(ring.linear))))
 
     def matrix(self, name: tuple[int, int] | None) -> I8:
         """W_q^T of a linear by layer and number, or E_q."""

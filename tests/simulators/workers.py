@@ -43,18 +43,21 @@ class HonestWorker:
         """See schemes.base.Worker."""
         self.calls += 1
         assert array is not None
+        answer = self.answer(operation, array)
+        do(meanwhile)
+        fill(into, answer)
+
+    def answer(self, operation: pb.Operation, array: codec.Array) -> codec.Array:
+        """What it says."""
         lookup = operation.HasField("ring_lookup")
         assert 1 <= len(array) <= (LOOKUP_ROWS if lookup else codec.MAX_ROWS)  # what the real one refuses
         if lookup:
-            answer = (array.astype(np.int64) @ self.table()).astype(np.int32)
-        elif operation.HasField("ring_matmul"):
+            return (array.astype(np.int64) @ self.table()).astype(np.int32)
+        if operation.HasField("ring_matmul"):
             ring = operation.ring_matmul
-            answer = (array.astype(np.int64) @ self.weight(ring.layer, ring.linear, int8=True).T).astype(np.int32)
-        else:
-            plain = operation.matmul
-            answer = (array @ self.weight(plain.layer, plain.linear, int8=False).T).astype(np.float32)
-        do(meanwhile)
-        fill(into, answer)
+            return (array.astype(np.int64) @ self.weight(ring.layer, ring.linear, int8=True).T).astype(np.int32)
+        plain = operation.matmul
+        return (array @ self.weight(plain.layer, plain.linear, int8=False).T).astype(np.float32)
 
     def connect(self, patient: bool = False) -> None:
         """It is always there."""
@@ -85,19 +88,12 @@ class RecordingWorker(HonestWorker):
         super().__init__(checkpoint, config)
         self.seen: list[tuple[int, int, npt.NDArray[np.int32]]] = []
 
-    def call(
-        self,
-        operation: pb.Operation,
-        array: codec.Array | None,
-        into: codec.Array | None,
-        meanwhile: Meanwhile = None,
-    ) -> None:
-        """See schemes.base.Worker."""
-        assert array is not None
+    def answer(self, operation: pb.Operation, array: codec.Array) -> codec.Array:
+        """See HonestWorker."""
         lookup = operation.HasField("ring_lookup")
         of = lookup_spec(self._config) if lookup else operation.ring_matmul
         self.seen.append((of.layer, int(of.linear), array.astype(np.int32, copy=True)))
-        super().call(operation, array, into, meanwhile)
+        return super().answer(operation, array)
 
 
 class CheatingWorker(HonestWorker):
@@ -107,20 +103,12 @@ class CheatingWorker(HonestWorker):
 
     _previous: Words | None = None
 
-    def call(
-        self,
-        operation: pb.Operation,
-        array: codec.Array | None,
-        into: codec.Array | None,
-        meanwhile: Meanwhile = None,
-    ) -> None:
-        """See schemes.base.Worker."""
-        super().call(operation, array, into, meanwhile)
-        assert into is not None
-        answer = into.astype(np.int32)
-        previous, self._previous = self._previous, answer.copy()
-        if self.cheat:
-            fill(into, self.cheat(answer, np.zeros_like(answer) if previous is None else previous))
+    def answer(self, operation: pb.Operation, array: codec.Array) -> codec.Array:
+        """See HonestWorker."""
+        honest = super().answer(operation, array)
+        words = honest.astype(np.int32)
+        previous, self._previous = self._previous, words.copy()
+        return self.cheat(words, np.zeros_like(words) if previous is None else previous) if self.cheat else honest
 
 
 def do(meanwhile: Meanwhile) -> None:

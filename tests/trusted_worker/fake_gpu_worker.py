@@ -124,7 +124,7 @@ class Server(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     def _serve(self, peer: socket.socket) -> None:
         """The same Execute, over frames of the socket."""
         with peer, contextlib.suppress(OSError, EOFError):
-            good = _read(peer, stream_socket.TICKET_BYTES) in self.tickets and not self.refuse_ticket
+            good = read(peer, stream_socket.TICKET_BYTES) in self.tickets and not self.refuse_ticket
             unauthenticated = grpc.StatusCode.UNAUTHENTICATED.value[0]
             _write(peer, pb.ExecuteResponse() if good else pb.ExecuteResponse(ended=unauthenticated))
             try:
@@ -148,13 +148,14 @@ class _Context:
 def _requests(peer: socket.socket) -> Iterator[pb.ExecuteRequest]:
     with contextlib.suppress(EOFError):
         while True:
-            length, size = stream_socket.lengths(memoryview(_read(peer, stream_socket.PREFIX_BYTES)))
-            frame = pb.ExecuteRequest.FromString(_read(peer, length))
-            frame.data = _read(peer, size)
+            length, size = stream_socket.lengths(memoryview(read(peer, stream_socket.PREFIX_BYTES)))
+            frame = pb.ExecuteRequest.FromString(read(peer, length))
+            frame.data = read(peer, size)
             yield frame
 
 
-def _read(peer: socket.socket, size: int) -> bytes:
+def read(peer: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes. Raises EOFError when the peer leaves before."""
     data = b""
     while len(data) < size:
         part = peer.recv(size - len(data))

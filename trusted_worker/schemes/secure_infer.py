@@ -27,11 +27,12 @@ and no read of the disk depends on the token. The other rows share one scan of t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from trusted_worker.arithmetic import F32, I32
+from trusted_worker.arithmetic import F32, I32, Y_LIMIT
 from trusted_worker.kv_cache import PagePool
 from trusted_worker.model import Accept, Batch
 from trusted_worker.pad_bank import Pad
@@ -172,17 +173,8 @@ class SecureInfer(InsideDecoder):
             z: I32 = self._scratch.empty(x_q.shape, np.int32)
             self._source.spend(spec, [pad.index for pad in pads], z)  # (2) r is overwritten by z
             np.add(z, x_q, out=z)
-            expected: list[list[int]] = []
-
-            def meanwhile() -> None:
-                for pad in pads:
-                    pad.open(spec)
-                expected.append(self._verifier.expect(spec, x_q, self._scratch))  # (5), what needs no answer
-
-            self._exchange(ring_matmul(spec), spec, z, pads, y_q, meanwhile)
-        if not self._verifier.accepts(expected[0], y_q, self._scratch):  # (5)
-            raise VerificationError
-        self._verified += len(pads)
+            expect = partial(self._verifier.expect, spec, x_q, self._scratch)
+            self._exchange(ring_matmul(spec), spec, z, pads, y_q, expect, Y_LIMIT - 1)
 
     def _lookup(self, ids: I32, pads: list[Pad], out: F32) -> None:
         """Steps 2 to 6 for rows of the embedding table. Step 1 is exact: a one-hot row is an integer row of scale 1."""
@@ -191,10 +183,8 @@ class SecureInfer(InsideDecoder):
         self._source.spend(spec, [pad.index for pad in pads], z)  # (2)
         z[np.arange(len(ids)), ids] += np.int32(1)
         y_q: I32 = self._scratch.empty((len(pads), spec.n), np.int32)
-        self._exchange(pb.Operation(ring_lookup=pb.RingLookup()), spec, z, pads, y_q)
-        if not self._verifier.accepts(self._verifier.expect_lookup(ids), y_q, self._scratch, TABLE_LIMIT):  # (5)
-            raise VerificationError
-        self._verified += len(pads)
+        expect = partial(self._verifier.expect_lookup, ids)
+        self._exchange(pb.Operation(ring_lookup=pb.RingLookup()), spec, z, pads, y_q, expect, TABLE_LIMIT)
         np.multiply(y_q, self._weights.table_scale[ids][:, None], out=out, casting="unsafe", dtype=np.float32)  # (6)
 
     def _exchange(
@@ -204,9 +194,20 @@ class SecureInfer(InsideDecoder):
         z: I32,
         pads: list[Pad],
         y_q: I32,
-        meanwhile: Callable[[], None] | None = None,
+        expect: Callable[[], list[int]],
+        limit: int,
     ) -> None:
-        """Steps 3 and 4."""
+        """Steps 3 to 5: y_q int32[m, n], verified. `expect`: the part of step 5 that needs no answer."""
+        expected: list[int] = []
+
+        def meanwhile() -> None:
+            for pad in pads:
+                pad.open(spec)
+            expected.extend(expect())
+
         self._worker.call(operation, z, y_q, meanwhile)  # (3) the answer is copied once, into the arena
         for row, pad in enumerate(pads):  # (4)
             pad.remove(spec, y_q[row])
+        if not self._verifier.accepts(expected, y_q, self._scratch, limit):  # (5)
+            raise VerificationError
+        self._verified += len(pads)
