@@ -1,8 +1,11 @@
 """What a trusted worker counts, as it came with Stats."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 from typing import Self
 
+from wire.metrics import TRANSPORTS
 from wire.v1 import trusted_worker_pb2 as pb
 
 
@@ -53,8 +56,26 @@ class Counters:
     projections: str
     projections_outside_seconds: float
     projections_inside_seconds: float
+    transport_seconds: float
+    transport_counts: tuple[int, ...]
 
     @classmethod
     def of(cls, message: pb.StatsResponse) -> Self:
         """The message's fields by their names."""
-        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+        values = {field.name: getattr(message, field.name) for field in fields(cls)}
+        return cls(**values | {"transport_counts": tuple(message.transport_counts)})
+
+
+def transport_quantile(counts: Sequence[int], share: float) -> float | None:
+    """Seconds that this share of the exchanges took at most, from `transport_counts` or a difference of two of them.
+
+    Between the bounds of a bucket its exchanges count as evenly spread; the last bound stands for all beyond it. None
+    without exchanges, and for buckets that are not ours.
+    """
+    if len(counts) != len(TRANSPORTS) + 1 or not sum(counts):
+        return None
+    wanted, bounds = share * sum(counts), (0.0, *TRANSPORTS, TRANSPORTS[-1])
+    for (low, high), count, total in zip(pairwise(bounds), counts, accumulate(counts), strict=True):
+        if count and total >= wanted:
+            return high - (high - low) * (total - wanted) / count
+    return TRANSPORTS[-1]

@@ -5,7 +5,7 @@ from typing import Any
 from client.answer import Answer
 from client.attestation.policy import VerifiedPeer
 from client.attestation.rules import SIMULATED
-from client.counters import Counters
+from client.counters import Counters, transport_quantile
 from client.session import Request
 from client.terminal import one_line, red, size
 
@@ -114,6 +114,7 @@ def table(counters: Counters) -> str:
     """All counters, for /stats."""
     rows = {
         "exchanges with the GPU worker": f"{counters.exchanges:,}",
+        "  each, half / 99 % within": _transport(counters),
         "bytes to it / from it": f"{size(counters.wire_bytes_up)} / {size(counters.wire_bytes_down)}",
         "pads issued / used twice": f"{counters.pads_issued:,} / {counters.pads_reused}",
         "pads in stock": f"{counters.pads_in_stock:,} of {counters.pads_capacity:,}",
@@ -127,6 +128,12 @@ def table(counters: Counters) -> str:
     if counters.switch_us:
         rows["charged for each exchange"] = f"{counters.switch_us} us, as a world switch"
     return "\n".join(f"  {name:<30} {value}" for name, value in rows.items())
+
+
+def _transport(counters: Counters) -> str:
+    times = [transport_quantile(counters.transport_counts, share) for share in (0.5, 0.99)]
+    within = " / ".join(f"{1e6 * time:,.0f}" for time in times if time is not None)
+    return f"{within} us, computing left out" if within else "-"
 
 
 def _projection_rows(counters: Counters) -> dict[str, str]:

@@ -20,7 +20,9 @@ _COLUMNS = (
     "first token, ms",
     "of plain's",
     "exchanges/token",
-    "us/exchange",
+    "us/exchange: mean",
+    "p50",
+    "p99",
     "KiB/token",
     "time in worker / exchange / trusted, %",
     "inside",
@@ -98,7 +100,7 @@ def _section(title: str, columns: Sequence[str], rows: Any) -> list[str]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     least, most = row["ms_per_token_spread"]
-    shares, exchange = row["shares"], row["exchange_us"]
+    shares = row["shares"]
     parts = [f"{100 * shares[part]:.0f}" for part in ("worker", "exchange", "trusted")] if shares else []
     return [
         *_name(row),
@@ -111,7 +113,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{1000 * row['time_to_first_token']:.0f}",
         _number(row["first_token_of_plain"], 2),
         f"{row['exchanges_per_token']:.1f}",
-        _number(exchange, 0),
+        *(_number(row[name], 0) for name in ("exchange_us", "exchange_p50_us", "exchange_p99_us")),
         f"{row['bytes_per_token'] / 1024:.0f}",
         " / ".join(parts) or "-",
         _inside(row),

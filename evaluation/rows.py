@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from client.counters import transport_quantile
 from deploy.local.cluster import TRUSTED_WORKER
 from evaluation.measure import ROLES, Load, Sample
 from evaluation.refill import Refill
@@ -39,7 +40,9 @@ class Row:
     cpu_seconds_per_token: dict[str, float]  # by role
     cpu_seconds_per_token_sustained: dict[str, float]
     shares: dict[str, float] | None  # of the trusted worker's steps; None where they were not timed
-    exchange_us: float | None  # beyond the worker's computing; None where nothing was exchanged
+    exchange_us: float | None  # mean, of what neither worker computed in; None where nothing was exchanged
+    exchange_p50_us: float | None  # of the same
+    exchange_p99_us: float | None
     pad_seconds_per_token: float | None  # CPU time of the trusted worker, in idle time
     pad_wall_seconds_per_token: float | None
     products_inside: int  # in all decode phases together
@@ -83,6 +86,8 @@ def row(key: Key, load: Load, taken: Taken, pads: Sequence[Refill] = ()) -> Row:
         {role: seconds + (cpu or 0) * (role == TRUSTED) for role, seconds in used.items()},
         shares(samples),
         _exchange(samples),
+        _exchange_quantile(samples, 0.5),
+        _exchange_quantile(samples, 0.99),
         cpu,
         wall,
         sum(sample.after.products_inside - sample.before.products_inside for sample in samples),
@@ -103,10 +108,11 @@ def spread(values: Sequence[float]) -> list[float]:
 def shares(samples: Sequence[Sample]) -> dict[str, float] | None:
     """Who spent the time of the steps: the GPU worker's arithmetic, the exchange around it, the trusted worker."""
     step = _sum(samples, "step_seconds")
-    exchange, worker = _sum(samples, "exchange_seconds"), _sum(samples, "worker_seconds")
+    exchange, worker = _sum(samples, "transport_seconds"), _sum(samples, "worker_seconds")
     if step <= 0:
         return None
-    return {"worker": worker / step, "exchange": (exchange - worker) / step, "trusted": (step - exchange) / step}
+    trusted = step - exchange - worker
+    return {"worker": worker / step, "exchange": exchange / step, "trusted": trusted / step}
 
 
 def _relative(rows: Sequence[Row]) -> list[Row]:
@@ -131,9 +137,20 @@ def _beside(one: Row, plains: Sequence[Row]) -> Row:
 
 
 def _exchange(samples: Sequence[Sample]) -> float | None:
-    """Microseconds of one exchange, means, without the time in which the GPU worker computed."""
+    """Microseconds, mean."""
     count = _sum(samples, "exchanges")
-    return 1e6 * (_sum(samples, "exchange_seconds") - _sum(samples, "worker_seconds")) / count if count else None
+    return 1e6 * _sum(samples, "transport_seconds") / count if count else None
+
+
+def _exchange_quantile(samples: Sequence[Sample], share: float) -> float | None:
+    """Microseconds, of all repetitions together."""
+    ends = [(one.before.transport_counts, one.after.transport_counts) for one in samples]
+    took = transport_quantile([sum(more) for more in zip(*(_grown(*both) for both in ends), strict=True)], share)
+    return None if took is None else 1e6 * took
+
+
+def _grown(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    return [late - early for early, late in zip(before, after, strict=True)]
 
 
 def _cpu(role: str, sample: Sample) -> float:

@@ -1,4 +1,4 @@
-"""What an operator may watch: counters of the service, and two latencies as histograms. Nothing about one prompt.
+"""What an operator may watch: counters of the service, and times as histograms. Nothing about one prompt.
 
 Names: `gen_ai_server_*` are OpenTelemetry's (semantic conventions for generative AI), `*_tokens_total` and
 `num_requests_*` are vLLM's with our prefix, the rest is ours. `cleave_pads_reused_total` must stay 0: alert on it.
@@ -16,12 +16,14 @@ class Latencies:
         self.prompt_tokens = self.generated_tokens = 0
 
 
-def text(stats: pb.StatsResponse, latencies: Latencies, running: int, queued: int) -> str:
+def text(stats: pb.StatsResponse, latencies: Latencies, transport: Histogram, running: int, queued: int) -> str:
     """The page that Prometheus reads."""
-    return render(_metrics(stats, latencies, running, queued), f'scheme="{stats.scheme}"')
+    return render(_metrics(stats, latencies, transport, running, queued), f'scheme="{stats.scheme}"')
 
 
-def _metrics(stats: pb.StatsResponse, latencies: Latencies, running: int, queued: int) -> list[Metric]:
+def _metrics(
+    stats: pb.StatsResponse, latencies: Latencies, transport: Histogram, running: int, queued: int
+) -> list[Metric]:
     return [
         ("gen_ai_server_time_to_first_token_seconds", "From a prompt to its first token.", latencies.first_token),
         ("gen_ai_server_time_per_output_token_seconds", "Between tokens of an answer.", latencies.next_token),
@@ -35,6 +37,7 @@ def _metrics(stats: pb.StatsResponse, latencies: Latencies, running: int, queued
         ("cleave_wire_bytes_down_total", "Bytes from the GPU worker.", stats.wire_bytes_down),
         ("cleave_step_seconds_total", "Time in steps of the model.", stats.step_seconds),
         ("cleave_exchange_seconds_total", "Time in exchanges.", stats.exchange_seconds),
+        ("cleave_exchange_transport_seconds", "Of one exchange, what neither worker computed in.", transport),
         ("cleave_pads_in_stock", "One-time pads made in advance.", stats.pads_in_stock),
         ("cleave_pads_capacity", "Pads that the bank holds.", stats.pads_capacity),
         ("cleave_pads_issued_total", "Pads that were spent.", stats.pads_issued),

@@ -7,7 +7,8 @@ length, copied once, into the caller's array; anything else is a VerificationErr
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, cast
 
 import grpc
@@ -24,6 +25,7 @@ from wire.errors import (
     UnavailableError,
     VerificationError,
 )
+from wire.metrics import TRANSPORTS, Histogram
 from wire.tls import Tls
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
@@ -41,6 +43,7 @@ class Traffic:
     bytes_down: int = 0
     seconds: float = 0.0  # in calls, world switches included
     worker_seconds: float = 0.0  # of these, what the GPU worker says that it computed
+    transport: Histogram = field(default_factory=partial(Histogram, TRANSPORTS))  # what neither of the two computed in
 
 
 class Plane(Protocol):
@@ -95,6 +98,7 @@ class GpuWorker:
         self._plane: Plane | None = None
         self._started: float | None = None
         self._claimed = 0.0  # seconds that the worker says it computed
+        self._beside = 0.0  # seconds of what was done here meanwhile
         self._id = 0
 
     @property
@@ -179,8 +183,10 @@ class GpuWorker:
             elapsed = time.monotonic() - self._started
             self.traffic.seconds += elapsed
             self.traffic.worker_seconds += min(self._claimed, elapsed)
-            self._started, self._claimed = None, 0.0
+            computing = max(self._claimed, self._beside)
+            self._started, self._claimed, self._beside = None, 0.0, 0.0
         self.traffic.exchanges += 1
+        self.traffic.transport.observe(max(elapsed - computing, 0.0))
 
     def _open_plane(self, stub: gpu_worker_pb2_grpc.GpuWorkerServiceStub) -> Plane:
         if self._stream_address is None:
@@ -218,7 +224,9 @@ class GpuWorker:
             self.traffic.bytes_up += plane.send(frame, data)
             frame = pb.ExecuteRequest(id=self._id)
         if meanwhile is not None:
+            begun = time.monotonic()
             meanwhile()
+            self._beside = time.monotonic() - begun
         first, size = self._receive(plane)
         self._claimed = first.compute_us / 1e6
         if first.refused:

@@ -158,12 +158,16 @@ class Service:
             step_seconds=self.engine.step_seconds,
             exchange_seconds=traffic.seconds,
             worker_seconds=traffic.worker_seconds,
+            transport_seconds=traffic.transport.sum,
+            transport_counts=traffic.transport.counts,
             **(assembled.scheme.counters() | assembled.adapters.counters() if assembled else {}),
         )
 
     def metrics(self) -> str:
         """The same for Prometheus, and latencies."""
-        return metrics.text(self.stats(), self._latencies, self.engine.running, self.engine.queued)
+        return metrics.text(
+            self.stats(), self._latencies, self.worker.traffic.transport, self.engine.running, self.engine.queued
+        )
 
     def _check(self, request: pb.OpenRequest) -> None:
         settings = self._settings

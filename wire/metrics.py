@@ -16,6 +16,11 @@ from wire.errors import DeniedError, UnavailableError
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_BYTES, REQUEST_SECONDS = 8192, 5.0
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_MICROSECONDS = (
+    *(20, 30, 40, 50, 60, 70, 80, 90, 100, 120, 140, 160, 180, 200, 250, 300, 350, 400, 450, 500),
+    *(600, 700, 800, 1000, 1200, 1500, 2000, 3000, 5000, 10_000, 30_000, 100_000),
+)
+TRANSPORTS = tuple(bound / 1e6 for bound in _MICROSECONDS)  # what exchanges between two workers take
 
 
 class Histogram:
@@ -23,22 +28,22 @@ class Histogram:
 
     def __init__(self, bounds: Iterable[float] = LATENCIES) -> None:
         self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
+        self.counts = [0] * (len(self._bounds) + 1)  # of each bucket alone; the last one has no bound
+        self.sum = 0.0
 
     def observe(self, value: float) -> None:
         """One more."""
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.counts[bisect.bisect_left(self._bounds, value)] += 1
+        self.sum += value
 
     def lines(self, name: str, labels: str) -> list[str]:
         """The samples. `labels` is `key="value"` pairs, or empty."""
-        counts, total, lines = list(self._counts), 0, []
+        counts, total, lines = list(self.counts), 0, []
         for bound, count in zip((*map(str, self._bounds), "+Inf"), counts, strict=True):
             total += count
             pairs = ",".join(filter(None, (labels, f'le="{bound}"')))
             lines.append(f"{name}_bucket{{{pairs}}} {total}")
-        return [*lines, f"{name}_sum{_braced(labels)} {self._sum}", f"{name}_count{_braced(labels)} {total}"]
+        return [*lines, f"{name}_sum{_braced(labels)} {self.sum}", f"{name}_count{_braced(labels)} {total}"]
 
 
 Metric = tuple[str, str, float | Histogram]  # name, help, value; a name that ends in _total is a counter

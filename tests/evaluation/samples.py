@@ -5,9 +5,10 @@ from typing import Any
 
 from client.counters import Counters
 from evaluation.measure import Sample
+from wire.metrics import TRANSPORTS
 from wire.v1 import trusted_worker_pb2 as pb
 
-ZERO = Counters.of(pb.StatsResponse())
+ZERO = Counters.of(pb.StatsResponse(transport_counts=[0] * (len(TRANSPORTS) + 1)))
 
 
 def sample(gaps: list[float], tokens: int = 10, first: float = 0.5, **after: Any) -> Sample:
@@ -36,6 +37,8 @@ def bench_row(scheme: str, precision: str, plane: str, rate: float, **more: Any)
         "cpu_seconds_per_token_sustained": cpu | {"trusted_worker": 0.009},
         "shares": {"worker": 0.25, "exchange": 0.5, "trusted": 0.25},
         "exchange_us": 120.0,
+        "exchange_p50_us": 110.0,
+        "exchange_p99_us": 340.0,
         "pad_seconds_per_token": 0.007 if padded else None,
         "pad_wall_seconds_per_token": 0.008 if padded else None,
         "products_inside": 3,

@@ -9,6 +9,7 @@ from evaluation.refill import Refill
 from evaluation.rounds import Found, Key, Taken
 from evaluation.rows import Row, row, rows, shares, spread
 from tests.evaluation.samples import ZERO, sample
+from wire.metrics import TRANSPORTS
 
 LOAD = Load(32, 10, 1)
 
@@ -77,10 +78,25 @@ def test_sustained_is_one_token_and_one_pad_after_the_other() -> None:
     assert made("plain", sample([0.02])).tokens_per_second_sustained == pytest.approx(50)
 
 
-def test_an_exchange_is_what_the_worker_did_not_compute() -> None:
-    found = made("split", sample([0.01], exchanges=100, exchange_seconds=0.3, worker_seconds=0.1))
+def counts(**by_microseconds: int) -> tuple[int, ...]:
+    """A histogram with so many exchanges in the buckets up to these bounds: us_100=3."""
+    bounds = [f"us_{round(1e6 * bound)}" for bound in TRANSPORTS]
+    return tuple(by_microseconds.get(bound, 0) for bound in [*bounds, "beyond"])
+
+
+def test_an_exchange_is_what_neither_worker_computed_in() -> None:
+    found = made("split", sample([0.01], exchanges=100, transport_seconds=0.2))
     assert found.exchange_us == pytest.approx(2000)
-    assert made("tee-only", sample([0.01])).exchange_us is None
+    none = made("tee-only", sample([0.01]))
+    assert none.exchange_us is none.exchange_p50_us is none.exchange_p99_us is None
+
+
+def test_quantiles_of_exchanges_are_over_all_repetitions_and_since_their_beginning() -> None:
+    early, late = counts(us_100=7, us_5000=1000), counts(us_100=17, us_5000=1000)
+    one = replace(sample([0.01], transport_counts=late), before=replace(ZERO, transport_counts=early))
+    found = made("split", one, sample([0.01], transport_counts=counts(us_100=50, us_200=38, us_10000=2)))
+    assert found.exchange_p50_us == pytest.approx(90 + 10 * 50 / 60)
+    assert found.exchange_p99_us == pytest.approx(5000 + 5000 / 2)
 
 
 def test_products_of_prompts_are_counted_apart() -> None:
@@ -90,7 +106,7 @@ def test_products_of_prompts_are_counted_apart() -> None:
 
 
 def test_shares_add_up_to_the_steps() -> None:
-    one = sample([0.01], step_seconds=2.0, exchange_seconds=1.5, worker_seconds=0.5)
+    one = sample([0.01], step_seconds=2.0, transport_seconds=1.0, worker_seconds=0.5)
     assert shares([one, one]) == pytest.approx({"worker": 0.25, "exchange": 0.5, "trusted": 0.25})
     assert shares([sample([0.01])]) is None
 

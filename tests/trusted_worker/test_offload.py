@@ -79,6 +79,31 @@ def test_a_world_switch_is_charged_to_each_exchange(server: Server, microseconds
     worker.close()
 
 
+def test_what_either_worker_computes_in_is_no_transport(worker: GpuWorker, server: Server) -> None:
+    y = np.empty((3, 4), np.int32)
+    worker.call(RING, X, y, lambda: time.sleep(0.02))
+    assert worker.traffic.seconds - worker.traffic.transport.sum >= 0.02
+    before = worker.traffic.transport.sum
+    server.behaviour = claiming
+    worker.call(RING, X, y)
+    assert worker.traffic.transport.sum == before  # a claim that is too long is no credit
+    server.behaviour = refusing
+    with pytest.raises(ContextError):
+        worker.call(RING, X, y)
+    assert (sum(worker.traffic.transport.counts), worker.traffic.exchanges) == (2, 2)
+
+
+def claiming(number: int, array: codec.Array | None) -> Frames:
+    """More time than there was."""
+    first, *rest = doubled(number, array)
+    first.compute_us = (1 << 32) - 1
+    return [first, *rest]
+
+
+def refusing(number: int, array: codec.Array | None) -> Frames:
+    return [pb.ExecuteResponse(id=number, refused=grpc.StatusCode.OUT_OF_RANGE.value[0])]
+
+
 def test_traffic_is_counted_in_serialised_bytes(worker: GpuWorker, server: Server) -> None:
     for count in (1, 2):
         ask(worker, RING, X, (3, 4))

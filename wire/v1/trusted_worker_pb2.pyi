@@ -503,6 +503,8 @@ class StatsResponse(google.protobuf.message.Message):
     PROJECTIONS_FIELD_NUMBER: builtins.int
     PROJECTIONS_OUTSIDE_SECONDS_FIELD_NUMBER: builtins.int
     PROJECTIONS_INSIDE_SECONDS_FIELD_NUMBER: builtins.int
+    TRANSPORT_SECONDS_FIELD_NUMBER: builtins.int
+    TRANSPORT_COUNTS_FIELD_NUMBER: builtins.int
     scheme: builtins.str
     precision: wire.v1.gpu_worker_pb2.Precision.ValueType
     exchanges: builtins.int
@@ -573,6 +575,12 @@ class StatsResponse(google.protobuf.message.Message):
     projections_outside_seconds: builtins.float
     """of one row and layer, as measured at the start; 0: not measured"""
     projections_inside_seconds: builtins.float
+    transport_seconds: builtins.float
+    """of exchanges that were answered, what neither of the two workers computed in"""
+    @property
+    def transport_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """the same as a histogram: exchanges by wire/metrics.py TRANSPORTS"""
+
     def __init__(
         self,
         *,
@@ -621,7 +629,9 @@ class StatsResponse(google.protobuf.message.Message):
         projections: builtins.str = ...,
         projections_outside_seconds: builtins.float = ...,
         projections_inside_seconds: builtins.float = ...,
+        transport_seconds: builtins.float = ...,
+        transport_counts: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_bytes", b"adapter_bytes", "adapter_capacity", b"adapter_capacity", "adapters", b"adapters", "embedding", b"embedding", "exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "kv_pages_capacity", b"kv_pages_capacity", "kv_pages_used", b"kv_pages_used", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_not_dumped", b"memory_not_dumped", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "memory_wiped_on_fork", b"memory_wiped_on_fork", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "process_limit", b"process_limit", "process_limit_bytes", b"process_limit_bytes", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "projections", b"projections", "projections_inside_seconds", b"projections_inside_seconds", "projections_outside_seconds", b"projections_outside_seconds", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "spill_bytes", b"spill_bytes", "step_seconds", b"step_seconds", "switch_us", b"switch_us", "table_scans", b"table_scans", "tee_profile", b"tee_profile", "tiles_read", b"tiles_read", "tiles_unchecked", b"tiles_unchecked", "tokens", b"tokens", "weights_resident", b"weights_resident", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_bytes", b"adapter_bytes", "adapter_capacity", b"adapter_capacity", "adapters", b"adapters", "embedding", b"embedding", "exchange_seconds", b"exchange_seconds", "exchanges", b"exchanges", "kv_pages_capacity", b"kv_pages_capacity", "kv_pages_used", b"kv_pages_used", "memory_budget", b"memory_budget", "memory_locked", b"memory_locked", "memory_not_dumped", b"memory_not_dumped", "memory_peak", b"memory_peak", "memory_used", b"memory_used", "memory_wiped_on_fork", b"memory_wiped_on_fork", "pads_capacity", b"pads_capacity", "pads_in_stock", b"pads_in_stock", "pads_issued", b"pads_issued", "pads_reused", b"pads_reused", "pages_restored", b"pages_restored", "pages_sealed", b"pages_sealed", "permutations_renewed", b"permutations_renewed", "precision", b"precision", "process_limit", b"process_limit", "process_limit_bytes", b"process_limit_bytes", "products_failed", b"products_failed", "products_inside", b"products_inside", "products_verified", b"products_verified", "projections", b"projections", "projections_inside_seconds", b"projections_inside_seconds", "projections_outside_seconds", b"projections_outside_seconds", "rss", b"rss", "scheme", b"scheme", "sessions", b"sessions", "spill_bytes", b"spill_bytes", "step_seconds", b"step_seconds", "switch_us", b"switch_us", "table_scans", b"table_scans", "tee_profile", b"tee_profile", "tiles_read", b"tiles_read", "tiles_unchecked", b"tiles_unchecked", "tokens", b"tokens", "transport_counts", b"transport_counts", "transport_seconds", b"transport_seconds", "weights_resident", b"weights_resident", "wire_bytes_down", b"wire_bytes_down", "wire_bytes_up", b"wire_bytes_up", "worker_seconds", b"worker_seconds"]) -> None: ...
 
 global___StatsResponse = StatsResponse
