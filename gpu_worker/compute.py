@@ -1,4 +1,8 @@
-"""The one thread that calculates: it waits for work that others submit and for calls on stream sockets."""
+"""The one thread that calculates: it waits for work that others submit and for calls on stream sockets.
+
+Work that takes less time than two threads need to wake each other may be done in the thread that has it, `at_once`,
+while the compute thread is idle. Never do two threads work at the same time.
+"""
 
 import asyncio
 import os
@@ -50,6 +54,7 @@ class Compute:
         self._worker: Future[Worker] | None = None
         self._thread: threading.Thread | None = None
         self._stopped = self._ended = False
+        self._at_work = threading.Lock()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # counts the commands
         self._selector = selectors.DefaultSelector()
@@ -92,6 +97,15 @@ class Compute:
             self._queue(command)
         return future
 
+    def at_once(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """The function's result, from this thread; None, and nothing was done, when another one is at work."""
+        if self._stopped or not self._at_work.acquire(blocking=False):
+            return None
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._at_work.release()
+
     def attend(self, talker: Talker) -> None:
         """Answer this socket too, from now on. In the compute thread."""
         self._talkers.append(talker)
@@ -114,17 +128,22 @@ class Compute:
         """One command, and one call of each socket, at a time: nobody waits for all that somebody else wants."""
         while not self._ended:
             ready = [key for key, _ in self._events()]
-            self._drop_late([key.data for key in ready])
-            for key in ready:
-                if key.data is None:
-                    os.eventfd_read(self._wake)
-                    self._commands.get()()
-                else:
-                    self._go_on(key)
-        for talker in list(self._talkers):
-            self._drop(talker)
+            with self._at_work:
+                self._drop_late([key.data for key in ready])
+                for key in ready:
+                    self._do(key)
+        with self._at_work:
+            for talker in list(self._talkers):
+                self._drop(talker)
         self._selector.close()
         os.close(self._wake)
+
+    def _do(self, key: selectors.SelectorKey) -> None:
+        if key.data is None:
+            os.eventfd_read(self._wake)
+            self._commands.get()()
+        else:
+            self._go_on(key)
 
     def _events(self) -> list[tuple[selectors.SelectorKey, int]]:
         """What there is to do. Other threads that want this core get it meanwhile."""

@@ -1,8 +1,9 @@
 """The gRPC face of the worker: thin methods over the compute thread, and errors turned into status codes.
 
-One asyncio thread talks, one compute thread calculates. A stream reads its next frame only after the last call's
-answer is handed to gRPC, so what a stream holds is one call and one answer beyond gRPC's own windows, and until their
-deadlines only: a peer that stops within a call, or takes no answers, loses what it reserved.
+One asyncio thread talks, one compute thread calculates. Brief calls, which would take longer to hand over than to carry
+out, the asyncio thread carries out itself while the compute thread is idle. A stream reads its next frame only after
+the last call's answer is handed to gRPC, so what a stream holds is one call and one answer beyond gRPC's own windows,
+and until their deadlines only: a peer that stops within a call, or takes no answers, loses what it reserved.
 """
 
 import asyncio
@@ -118,10 +119,12 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         reader = CallReader(self._ring_only)
         async for first in frames:
             with self._traffic.grpc:
-                call = await self._within(self._read(reader, first, frames, worker))
+                call = self._add(reader, first, worker)
+                if call is None:
+                    call = await self._within(self._read_on(reader, frames, worker))
                 if call is None:
                     break
-                outcome = await self._compute.run(carry_out, worker, call, stream, self._traffic.compute)
+                outcome = await self._carry_out(worker, call, stream)
                 await self._within(self._answer(call.id, outcome, context))
         reader.finish()
 
@@ -133,19 +136,25 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
         except TimeoutError:
             raise DeadlineError("the peer stopped within a call") from None
 
-    async def _read(
-        self, reader: CallReader, frame: pb.ExecuteRequest, frames: AsyncIterator[pb.ExecuteRequest], worker: "Worker"
-    ) -> Call | None:
-        """The call that begins with this frame; None when the frames end before it does."""
+    def _add(self, reader: CallReader, frame: pb.ExecuteRequest, worker: "Worker") -> Call | None:
+        """The call, if this frame completes it."""
         self._traffic.grpc.received += len(frame.data)
-        call = reader.add(frame, worker.model)
-        while call is None:
-            following = await anext(frames, None)
-            if following is None:
-                return None
-            self._traffic.grpc.received += len(following.data)
-            call = reader.add(following, worker.model)
-        return call
+        return reader.add(frame, worker.model)
+
+    async def _read_on(
+        self, reader: CallReader, frames: AsyncIterator[pb.ExecuteRequest], worker: "Worker"
+    ) -> Call | None:
+        """The call that has begun; None when the frames end before it does."""
+        async for frame in frames:
+            if call := self._add(reader, frame, worker):
+                return call
+        return None
+
+    async def _carry_out(self, worker: "Worker", call: Call, stream: "Stream") -> Outcome:
+        work = worker, call, stream, self._traffic.compute
+        if worker.is_brief(call) and (outcome := self._compute.at_once(carry_out, *work)) is not None:
+            return outcome
+        return await self._compute.run(carry_out, *work)
 
     async def _answer(self, number: int, outcome: Outcome, context: Any) -> None:
         """Send what became of a call, frame by frame; only the first frame carries more than data."""

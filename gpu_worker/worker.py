@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,16 +23,18 @@ from gpu_worker.model import Model
 from gpu_worker.ring import Ring
 from gpu_worker.stream import Stream
 from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
-from wire.linears import Linear
+from wire.linears import Linear, spec
 from wire.v1 import gpu_worker_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+BRIEF = 1 << 24  # multiplications of a product on the CPU that takes less than a millisecond
 
 Result = npt.NDArray[np.float32] | npt.NDArray[np.int32] | None
 
 
 class Worker:
-    """Loads models and carries out calls. Everything but reading attributes is for the compute thread."""
+    """Loads models and carries out calls. Everything but reading is for the thread that is at work (compute.py)."""
 
     def __init__(self, folders: Mapping[str, Path], device: str, ring_only: bool) -> None:
         """`device` is "auto", "cpu" or "cuda". Raises PreconditionError for "cuda" where there is none."""
@@ -43,6 +46,7 @@ class Worker:
         self._ring_only = ring_only
         self._cache_allowance = Allowance("a KV cache", MAX_CACHE_BYTES)
         self._overlay_allowance = Allowance("a provisioned parameter", 0)
+        self._threads = numba.get_num_threads()  # of the thread that makes it; numba counts them for each
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
@@ -79,9 +83,18 @@ class Worker:
         """The state of a new stream."""
         return Stream(self.device, self._cache_allowance, self._overlay_allowance)
 
+    def is_brief(self, call: Call) -> bool:
+        """Whether handing the call to another thread might take as long as carrying it out."""
+        if self.device != "cpu" or call.operation.WhichOneof("kind") != "ring_matmul":
+            return False
+        ring = call.operation.ring_matmul
+        one = spec(call.model.config, ring.layer, Linear(ring.linear))
+        return len(call.int32()) * one.n * one.k < BRIEF
+
     @torch.inference_mode()
     def execute(self, call: Call, stream: Stream) -> Result:
         """Carry out a call that `calls` has checked. Raises what the operation raises; no sequence has grown then."""
+        numba.set_num_threads(self._threads)
         operation = call.operation
         match operation.WhichOneof("kind"):
             case "ring_matmul":

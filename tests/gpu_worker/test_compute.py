@@ -135,3 +135,57 @@ def test_stop_cancels_what_waits_and_closes_what_is_open() -> None:
         assert talker.closed.wait(10)
     with pytest.raises(CancelledError):
         compute.submit(lambda: 1).result(10)
+
+
+def test_at_once_is_in_the_thread_that_asks() -> None:
+    compute = Compute(make_nothing)
+    assert compute.at_once(threading.get_ident) == threading.get_ident()
+    assert compute.submit(threading.get_ident).result(10) != threading.get_ident()
+    while (seen := compute.at_once(threading.get_ident)) is None:  # it has told its result and still winds up
+        time.sleep(0.001)
+    assert seen == threading.get_ident()
+    compute.stop()
+
+
+def test_nothing_is_done_at_once_while_the_compute_thread_is_at_work_or_after_the_end() -> None:
+    compute = Compute(make_nothing)
+    begun, go, seen = threading.Event(), threading.Event(), list[int]()
+
+    def work() -> bool:
+        begun.set()
+        return go.wait(10)
+
+    running = compute.submit(work)
+    assert begun.wait(10)
+    assert compute.at_once(seen.append, 1) is None
+    go.set()
+    assert running.result(10)
+    compute.stop()
+    assert compute.at_once(seen.append, 2) is None
+    assert not seen
+
+
+def test_the_compute_thread_waits_for_what_is_done_at_once() -> None:
+    compute = Compute(make_nothing)
+    compute.submit(lambda: None).result(10)
+    seen: list[str] = []
+
+    def work() -> bool:
+        compute.submit(seen.append, "then")
+        time.sleep(0.1)
+        seen.append("first")
+        return True
+
+    while not compute.at_once(work):
+        time.sleep(0.001)
+    compute.submit(lambda: None).result(10)
+    assert seen == ["first", "then"]
+    compute.stop()
+
+
+def test_what_is_done_at_once_may_fail_and_the_thread_goes_on() -> None:
+    compute = Compute(make_nothing)
+    with pytest.raises(ZeroDivisionError):
+        compute.at_once(lambda: 1 // 0)
+    assert compute.submit(lambda: 4).result(10) == 4
+    compute.stop()

@@ -1,6 +1,7 @@
 """Execute over real gRPC: right answers, malformed frames, policy, and caches that end with their stream."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -10,6 +11,9 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from gpu_worker.calls import Call
+from gpu_worker.stream import Stream
+from gpu_worker.worker import Result, Worker
 from tests.gpu_worker.calling import (
     HIDDEN,
     KV_WIDTH,
@@ -69,6 +73,39 @@ async def test_pipelined_calls_are_answered_in_order(serve: Serve) -> None:
         assert one is not None
         assert ten is not None
         np.testing.assert_array_equal(ten * 3, one * 10)
+
+
+async def test_brief_calls_are_carried_out_where_they_are_read_unless_the_compute_thread_is_at_work(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+    real = Worker.execute
+
+    def execute_and_tell(self: Worker, call: Call, stream: Stream) -> Result:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return real(self, call, stream)
+
+    monkeypatch.setattr(Worker, "execute", execute_and_tell)
+    async with serve() as stub:
+        await load(stub)
+        await execute(stub, frames(1, MATMUL_O, np.ones((1, HIDDEN), np.float32)))
+        while stub.compute.at_once(lambda: True) is None:
+            await asyncio.sleep(0.001)
+        alone = await execute(stub, frames(1, RING_QKV, Z))
+        go = threading.Event()
+        stub.compute.submit(go.wait, 10)
+        while stub.compute.at_once(lambda: True):
+            await asyncio.sleep(0.001)
+        waiting = asyncio.create_task(execute(stub, frames(1, RING_QKV, Z)))
+        while not stub.traffic.grpc.busy:
+            await asyncio.sleep(0.001)
+        go.set()
+        beside = await waiting
+        monkeypatch.setattr("gpu_worker.worker.BRIEF", 0)
+        long = await execute(stub, frames(1, RING_QKV, Z))
+    assert threads == [False, True, False, False]
+    assert np.array_equal(alone[1], beside[1])
+    assert np.array_equal(alone[1], long[1])
 
 
 async def test_a_call_may_take_several_frames_each_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
