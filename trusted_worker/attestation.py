@@ -39,8 +39,8 @@ AGAIN_SECONDS = 60.0  # a client may ask again with its nonce
 KEPT = 16  # such answers at once
 # Settings that a client may care for; not addresses, paths, deadlines, nor what only changes the speed
 CONFIG = (
-    "adapter_memory", "embed", "kv_dtype", "least_perturbation", "memory_budget", "precision", "prefill", "rope",
-    "rotate_every", "scheme", "seal_idle", "tee_profile",
+    "adapter_memory", "embed", "kv_dtype", "least_perturbation", "memory_budget", "precision", "prefill", "projections",
+    "rope", "rotate_every", "scheme", "seal_idle", "tee_profile",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)

@@ -371,7 +371,7 @@ def test_claims_in_their_golden_form() -> None:
     )  # fmt: skip
     config = (
         b'{"adapter_memory":0,"embed":"auto","kv_dtype":"float32","least_perturbation":0.0,"memory_budget":67108864,'
-        b'"precision":"int8","prefill":"auto","rope":"trusted","rotate_every":0,"scheme":"secure-infer",'
+        b'"precision":"int8","prefill":"auto","projections":"gpu","rope":"trusted","rotate_every":0,"scheme":"secure-infer",'
         b'"seal_idle":false,"tee_profile":""}'
     )
     digests = build(), hashlib.sha256(config).hexdigest(), "ab" * 32
@@ -381,6 +381,7 @@ def test_claims_in_their_golden_form() -> None:
 @pytest.mark.parametrize(
     ("flags", "same"),
     [
+        (["--projections", "auto"], False),
         (["--listen", "127.0.0.1:1"], True),
         (["--spill-dir", "/elsewhere"], True),
         (["--step-seconds", "5"], True),
