@@ -23,10 +23,12 @@ _COLUMNS = (
     "us/exchange: mean",
     "p50",
     "p99",
+    "bare",
     "KiB/token",
     "time in worker / exchange / trusted, %",
     "inside",
 )
+_EXCHANGES = ("exchange_us", "exchange_p50_us", "exchange_p99_us", "bare_exchange_p50_us")
 _PADS = (
     "scheme",
     "plane",
@@ -113,7 +115,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{1000 * row['time_to_first_token']:.0f}",
         _number(row["first_token_of_plain"], 2),
         f"{row['exchanges_per_token']:.1f}",
-        *(_number(row[name], 0) for name in ("exchange_us", "exchange_p50_us", "exchange_p99_us")),
+        *(
+            _number(row[name], 0)
+            for name in ("exchange_us", "exchange_p50_us", "exchange_p99_us", "bare_exchange_p50_us")
+        ),
         f"{row['bytes_per_token'] / 1024:.0f}",
         " / ".join(parts) or "-",
         _inside(row),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from client.attestation.policy import Policy
@@ -22,6 +22,7 @@ from client.session import Request, Session, connect
 from client.turn import Pacing
 from deploy.local.child import Progress
 from deploy.local.cluster import GPU_WORKER, TRUSTED_WORKER, Cluster, Settings
+from evaluation import bare
 from evaluation.processes import cpu_seconds, resident_bytes
 from evaluation.refill import Glimpse, Refill, Watch
 from wire.errors import CleaveError, ContextError, DeadlineError, ExhaustedError
@@ -68,6 +69,7 @@ class Sample:
     cpu: dict[str, float]
     pad: Refill | None  # of the pads that were made meanwhile; None where none was
     prompts: tuple[Counters, Counters]  # before the prompts, and when all first tokens had come
+    bare: list[float] = field(default_factory=list)  # bare exchanges with the GPU worker, after everything else
 
 
 class Rig:
@@ -145,6 +147,7 @@ class Rig:
             {role: used[role] - cpu[role] for role in used},
             early if late is None else late,
             (asked, begun),
+            self._bare(),
         )
 
     def _fill_bank(self) -> Refill | None:
@@ -166,6 +169,13 @@ class Rig:
     def _glimpse(self) -> Glimpse:
         stock, cpu = self._worker.counters().pads_in_stock, cpu_seconds(self._cluster.pids[TRUSTED_WORKER])
         return Glimpse(time.monotonic(), stock, cpu)
+
+    def _bare(self) -> list[float]:
+        """Of a cluster that is at rest."""
+        if not self.settings.offloads:
+            return []
+        plane = "stream" if "stream" in self.settings.more else "grpc"
+        return bare.measure(self._cluster.gpu_worker, plane, self._config, self.settings.precision)
 
     def _cpu(self) -> dict[str, float]:
         return {ROLES[role]: cpu_seconds(pid) for role, pid in self._pids().items()}

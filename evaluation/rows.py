@@ -43,6 +43,7 @@ class Row:
     exchange_us: float | None  # mean, of what neither worker computed in; None where nothing was exchanged
     exchange_p50_us: float | None  # of the same
     exchange_p99_us: float | None
+    bare_exchange_p50_us: float | None  # back to back, by a client that only asks; None where there is nobody to ask
     pad_seconds_per_token: float | None  # CPU time of the trusted worker, in idle time
     pad_wall_seconds_per_token: float | None
     products_inside: int  # in all decode phases together
@@ -88,6 +89,7 @@ def row(key: Key, load: Load, taken: Taken, pads: Sequence[Refill] = ()) -> Row:
         _exchange(samples),
         _exchange_quantile(samples, 0.5),
         _exchange_quantile(samples, 0.99),
+        _bare(samples),
         cpu,
         wall,
         sum(sample.after.products_inside - sample.before.products_inside for sample in samples),
@@ -147,6 +149,12 @@ def _exchange_quantile(samples: Sequence[Sample], share: float) -> float | None:
     ends = [(one.before.transport_counts, one.after.transport_counts) for one in samples]
     took = transport_quantile([sum(more) for more in zip(*(_grown(*both) for both in ends), strict=True)], share)
     return None if took is None else 1e6 * took
+
+
+def _bare(samples: Sequence[Sample]) -> float | None:
+    """Microseconds, the median."""
+    times = [seconds for sample in samples for seconds in sample.bare]
+    return 1e6 * statistics.median(times) if times else None
 
 
 def _grown(before: Sequence[int], after: Sequence[int]) -> list[int]:

@@ -68,7 +68,7 @@ class Cluster:
     def __init__(self, settings: Settings, progress: Progress, log: TextIO | None = None) -> None:
         self.target = ""
         self.policy: Path | None = None
-        self._offload = ""  # where the GPU worker listens
+        self.gpu_worker = ""  # where it listens, if there is one
         self._settings = settings
         self._progress = progress
         self._log = log
@@ -109,16 +109,16 @@ class Cluster:
         old.reap()
         self._children.remove(old)
         self._ended.clear()
-        self._start_gpu_worker(self._offload)
+        self._start_gpu_worker(self.gpu_worker)
 
     def _start(self) -> None:
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cleave-")))  # mode 0700
         policy = self._settings.policy_file or folder / "policy.toml"
         tee = self._start_simulated_tee(folder / "tsm", policy) if self._settings.simulated else None
         if self._settings.offloads:
-            self._offload = self._start_gpu_worker(self._settings.gpu_listen or f"unix:{folder}/gpu.sock")
+            self.gpu_worker = self._start_gpu_worker(self._settings.gpu_listen or f"unix:{folder}/gpu.sock")
         listen = self._settings.listen or f"unix:{folder}/trusted.sock"
-        argv = self._trusted_worker(listen, self._offload)
+        argv = self._trusted_worker(listen, self.gpu_worker)
         if tee:
             tee.await_line("listening", LISTEN_SECONDS, "starting the simulated TEE", self._tick)
             argv += ["--evidence", "tsm", "--tsm-dir", str(folder / "tsm")]

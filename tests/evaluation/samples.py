@@ -39,6 +39,7 @@ def bench_row(scheme: str, precision: str, plane: str, rate: float, **more: Any)
         "exchange_us": 120.0,
         "exchange_p50_us": 110.0,
         "exchange_p99_us": 340.0,
+        "bare_exchange_p50_us": 95.0,
         "pad_seconds_per_token": 0.007 if padded else None,
         "pad_wall_seconds_per_token": 0.008 if padded else None,
         "products_inside": 3,

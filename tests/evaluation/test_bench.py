@@ -36,6 +36,9 @@ def test_two_schemes_beside_each_other() -> None:
     assert inside["exchanges_per_token"] == inside["bytes_per_token"] == 0
     assert masked["exchanges_per_token"] >= 25 / 2  # two sessions share a step at best
     assert masked["bytes_per_token"] > 50_000
+    assert 0 < masked["exchange_p50_us"] <= masked["exchange_p99_us"]
+    assert masked["bare_exchange_p50_us"] > 0
+    assert inside["exchange_p50_us"] is inside["bare_exchange_p50_us"] is None
     assert masked["pad_seconds_per_token"] > 0
     assert set(inside["cpu_seconds_per_token"]) == {"client", "trusted_worker"}
     assert set(masked["cpu_seconds_per_token"]) == {"client", "trusted_worker", "gpu_worker"}

@@ -91,6 +91,12 @@ def test_an_exchange_is_what_neither_worker_computed_in() -> None:
     assert none.exchange_us is none.exchange_p50_us is none.exchange_p99_us is None
 
 
+def test_bare_exchanges_are_those_of_all_repetitions() -> None:
+    found = made("split", replace(sample([0.01]), bare=[4e-4, 1e-4]), replace(sample([0.01]), bare=[2e-4]))
+    assert found.bare_exchange_p50_us == pytest.approx(200)
+    assert made("tee-only", sample([0.01])).bare_exchange_p50_us is None
+
+
 def test_quantiles_of_exchanges_are_over_all_repetitions_and_since_their_beginning() -> None:
     early, late = counts(us_100=7, us_5000=1000), counts(us_100=17, us_5000=1000)
     one = replace(sample([0.01], transport_counts=late), before=replace(ZERO, transport_counts=early))
