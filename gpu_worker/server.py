@@ -9,19 +9,20 @@ and until their deadlines only: a peer that stops within a call, or takes no ans
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncIterator, Awaitable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from gpu_worker.calls import Call, CallReader
 from gpu_worker.compute import Compute, Outcome, carry_out
+from gpu_worker.deadline import Deadline
 from gpu_worker.stream_plane import StreamPlane
 from gpu_worker.traffic import MAX_STREAMS, Traffic
 from wire.channel import server_options
 from wire.codec import MAX_ROWS, header_of, split
-from wire.errors import CleaveError, DeadlineError, PreconditionError
+from wire.errors import CleaveError, PreconditionError
 from wire.messages import Parser
 from wire.v1 import gpu_worker_pb2 as pb
 from wire.v1 import gpu_worker_pb2_grpc
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 60.0
 MAX_RPCS = 2 * MAX_STREAMS  # there is room for health checks when no stream is left
-
-T = TypeVar("T")
 
 
 class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
@@ -107,13 +106,20 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
     async def _converse(self, frames: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
         worker = await self._compute.worker()
         stream = worker.open_stream()
+        deadline = Deadline(self._request_seconds, "the peer stopped within a call")
         try:
-            await self._answer_calls(worker, stream, frames, context)
+            await self._answer_calls(worker, stream, frames, deadline, context)
         finally:
+            deadline.close()
             self._compute.submit(stream.close)
 
     async def _answer_calls(
-        self, worker: "Worker", stream: "Stream", frames: AsyncIterator[pb.ExecuteRequest], context: Any
+        self,
+        worker: "Worker",
+        stream: "Stream",
+        frames: AsyncIterator[pb.ExecuteRequest],
+        deadline: Deadline,
+        context: Any,
     ) -> None:
         """Between calls a stream may be idle for as long as it likes."""
         reader = CallReader(self._ring_only)
@@ -121,20 +127,14 @@ class Servicer(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
             with self._traffic.grpc:
                 call = self._add(reader, first, worker)
                 if call is None:
-                    call = await self._within(self._read_on(reader, frames, worker))
+                    with deadline:
+                        call = await self._read_on(reader, frames, worker)
                 if call is None:
                     break
                 outcome = await self._carry_out(worker, call, stream)
-                await self._within(self._answer(call.id, outcome, context))
+                with deadline:
+                    await self._answer(call.id, outcome, context)
         reader.finish()
-
-    async def _within(self, part: Awaitable[T]) -> T:
-        """Raises DeadlineError for a peer that lets us wait."""
-        try:
-            async with asyncio.timeout(self._request_seconds):
-                return await part
-        except TimeoutError:
-            raise DeadlineError("the peer stopped within a call") from None
 
     def _add(self, reader: CallReader, frame: pb.ExecuteRequest, worker: "Worker") -> Call | None:
         """The call, if this frame completes it."""
