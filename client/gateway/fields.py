@@ -3,6 +3,7 @@
 null is as good as absent, everywhere: clients send it for what they do not set.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -45,9 +46,9 @@ class Fields:
         for field, value in self._values.items():
             if value is None or any(_same(value, one) for one in neutral.get(field, ())):
                 continue
-            values = ", ".join(map(str, neutral.get(field, ())))
-            but = f" but for these values, which change nothing: {values}" if values else ""
-            raise refused(self.name(field), f"is not supported by this gateway{but}: leave it out", UNSUPPORTED)
+            values = " or ".join(json.dumps(one) for one in neutral.get(field, ()))
+            told = f"only {values} is supported here, which changes nothing" if values else "is not supported here"
+            raise refused(self.name(field), f"{told}: leave it out", UNSUPPORTED)
 
 
 def _same(value: Any, other: Any) -> bool:
