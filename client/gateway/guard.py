@@ -14,6 +14,7 @@ user or program of this machine, unless there is an API key; and everybody on th
 
 import hmac
 import ipaddress
+import re
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -23,6 +24,7 @@ from client.gateway.errors import INVALID, ApiError
 
 LOCKED = ("/v1/", "/metrics")  # beginnings of paths; the others tell nothing that is worth a key
 _DENIED = "permission_error"
+_HOST = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::\d{1,5})?")
 
 
 class Guard:
@@ -59,7 +61,8 @@ class Guard:
 
 def _is_address(host: str) -> bool:
     """Whether a Host header has an IP address or `localhost`, with or without a port."""
-    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+    found = _HOST.fullmatch(host)
+    name = (found[1] or found[2]) if found else ""
     try:
         ipaddress.ip_address(name)
     except ValueError:
