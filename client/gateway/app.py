@@ -24,13 +24,12 @@ from starlette.routing import Route
 
 from client.gateway import requests, streaming
 from client.gateway.errors import INVALID, ApiError, api_error
-from client.gateway.generation import End, Generations
+from client.gateway.generation import End, Events, Generations, Model
 from client.gateway.link import Link
 from client.gateway.metrics import Metrics
 from client.gateway.report import report
 from client.gateway.shapes import ChatShape, CompletionShape, Shape
 from client.session import Request as Opening
-from client.tokenizer import Tokenizer
 from wire.errors import CleaveError
 from wire.metrics import CONTENT_TYPE
 
@@ -41,13 +40,11 @@ Parse = Callable[[Any, Opening], requests.Order]
 
 @dataclass
 class Gateway:
-    """What the endpoints share. `base`: model, scheme and precision of every session. `context`: of the model."""
+    """What the endpoints share."""
 
     link: Link
     generations: Generations
-    tokenizer: Tokenizer
-    base: Opening
-    context: int
+    model: Model
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -77,7 +74,7 @@ class Gateway:
         try:
             order = await self._order(request, parse)
             send = streaming.stream if order.stream else streaming.whole
-            return await send(request, self._counted(order), shape(order, self.tokenizer.spelling))
+            return await send(request, self._counted(order), shape(order, self.model.tokenizer.spelling))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
 
@@ -85,12 +82,12 @@ class Gateway:
         """What is wanted. Raises NotVerifiedError before anything is read, ApiError."""
         try:
             await self.link.worker()
-            return parse(await _json(request), self.base)
+            return parse(await _json(request), self.model.base)
         except (ApiError, CleaveError):
             self.metrics.errors += 1
             raise
 
-    async def _counted(self, order: requests.Order) -> streaming.Events:
+    async def _counted(self, order: requests.Order) -> Events:
         """The events of an answer, with its part in the metrics."""
         started, open_ended = time.monotonic(), True
         try:
@@ -113,15 +110,15 @@ class Gateway:
 
     async def _model(self, request: Request) -> Response:
         await self.link.worker()
-        if request.path_params["name"] != self.base.model:
-            told = f"there is no such model: this gateway serves {self.base.model!r}"
+        if request.path_params["name"] != self.model.base.model:
+            told = f"there is no such model: this gateway serves {self.model.base.model!r}"
             raise ApiError(404, told, INVALID, "model_not_found")
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
         """`max_model_len` is vLLM's name for the context."""
-        card = {"id": self.base.model, "object": "model", "created": self.started, "owned_by": "cleave"}
-        return card | {"max_model_len": self.context}
+        card = {"id": self.model.base.model, "object": "model", "created": self.started, "owned_by": "cleave"}
+        return card | {"max_model_len": self.model.context}
 
     async def _report(self, _: Request) -> Response:
         return JSONResponse(report(self.link))
@@ -138,7 +135,7 @@ class Gateway:
         return JSONResponse({"ready": False, "step": step, "message": told}, 503)
 
     async def _metrics(self, _: Request) -> Response:
-        text = self.metrics.text(self.link, self.generations, self.base.scheme)
+        text = self.metrics.text(self.link, self.generations, self.model.base.scheme)
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
 

@@ -10,12 +10,13 @@ import contextlib
 import socket
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
 from client.gateway.app import Gateway
-from client.gateway.generation import Generations
+from client.gateway.generation import Generations, Model
 from client.gateway.guard import Guard
 from client.gateway.link import Link
 from client.report import NO_TEE
@@ -35,8 +36,9 @@ MAX_KEY_BYTES = 4096
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal ends it. Raises UnavailableError when a worker of its own cluster ends by itself."""
-    logs.setup("gateway", "text")
     config, tokenizer, key = ModelConfig.from_hf(options.model), Tokenizer(options.model), _key(options.api_key_file)
+    base = Request(config.name, options.scheme, options.precision, model_folder=options.model)
+    model = Model(base, config.max_context, tokenizer, options.credit, options.timeout)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(options.http, options.insecure_listen))
         cluster, target, policy = None, options.connect, options.policy
@@ -44,40 +46,39 @@ def run(options: argparse.Namespace) -> int:
             progress = Progress(sys.stderr, rewrite=False)
             cluster = stack.enter_context(Cluster(settings(options), progress, log=sys.stderr))
             target, policy = cluster.target, cluster.policy
-        base = Request(config.name, options.scheme, options.precision, model_folder=options.model)
-        serving = Serving(options, base, config.max_context, tokenizer, key)
-        asyncio.run(serving.serve(listener, target, policy, cluster))
+        door = Door(listener, key, options.insecure_listen)
+        logs.setup("gateway", "text")
+        asyncio.run(_serve(door, target, policy, model, cluster))
         if cluster:
             cluster.check()  # a worker that died ended this, and explains itself
     return 0
 
 
-class Serving:
-    """The server and what it serves."""
+@dataclass(frozen=True)
+class Door:
+    """Where clients come in, and what they need for it."""
 
-    def __init__(
-        self, options: argparse.Namespace, base: Request, context: int, tokenizer: Tokenizer, key: bytes | None
-    ) -> None:
-        self._options, self._base, self._context = options, base, context
-        self._tokenizer, self._key = tokenizer, key
+    listener: socket.socket
+    key: bytes | None
+    any_host: bool
 
-    async def serve(self, listener: socket.socket, target: str, policy: Path, cluster: Cluster | None) -> None:
-        """Until a signal, or the end of a worker of `cluster`."""
-        options = self._options
-        link = Link(target, policy, lambda line: note(one_line(line)))
-        generations = Generations(link, self._tokenizer, options.credit, options.timeout)
-        gateway = Gateway(link, generations, self._tokenizer, self._base, self._context)
-        server = uvicorn.Server(_config(Guard(gateway.app(), self._key, options.insecure_listen)))
-        if cluster:
-            _stop_with(cluster, server)
-        keeper = asyncio.create_task(link.keep())
-        _greet(listener, self._base, self._key is not None, cluster is not None)
-        try:
-            await server.serve([listener])
-        finally:
-            keeper.cancel()
-            generations.close()
-            await asyncio.gather(keeper, return_exceptions=True)
+
+async def _serve(door: Door, target: str, policy: Path, model: Model, cluster: Cluster | None) -> None:
+    """Until a signal, or the end of a worker of `cluster`."""
+    link = Link(target, policy, lambda line: note(one_line(line)))
+    generations = Generations(link, model)
+    app = Guard(Gateway(link, generations, model).app(), door.key, door.any_host)
+    server = uvicorn.Server(_config(app))
+    if cluster:
+        _stop_with(cluster, server)
+    keeper = asyncio.create_task(link.keep())
+    _greet(door, model.base, simulated=cluster is not None)
+    try:
+        await server.serve([door.listener])
+    finally:
+        keeper.cancel()
+        generations.close()
+        await asyncio.gather(keeper, return_exceptions=True)
 
 
 def _config(app: Guard) -> uvicorn.Config:
@@ -107,12 +108,12 @@ def _stop_with(cluster: Cluster, server: uvicorn.Server) -> None:
     threading.Thread(target=watch, name="cluster", daemon=True).start()
 
 
-def _greet(listener: socket.socket, base: Request, locked: bool, simulated: bool) -> None:
+def _greet(door: Door, base: Request, simulated: bool) -> None:
     """The base URL, and two ways to try it."""
-    host, port = listener.getsockname()[:2]
+    host, port = door.listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     body = f'{{"model": "{base.model}", "messages": [{{"role": "user", "content": "What is Cleave?"}}]}}'
-    header, key = (' -H "Authorization: Bearer $KEY"', "KEY") if locked else ("", "none")
+    header, key = (' -H "Authorization: Bearer $KEY"', "KEY") if door.key else ("", "none")
     print(f"listening on {url}; stop with Ctrl-C", flush=True)
     print(f"curl {url}/chat/completions -H 'Content-Type: application/json'{header} -d '{body}'")
     print(

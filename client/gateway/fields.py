@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from client.gateway.errors import refused
 
 T = TypeVar("T")
+D = TypeVar("D")
 UNSUPPORTED = "unsupported_parameter"
 
 
@@ -22,24 +23,21 @@ class Fields:
         self._values, self._path = dict(value), path
 
     def name(self, field: str) -> str:
-        """The whole name of a field."""
-        return f"{self._path}.{field}" if self._path else field
+        """The whole name of a field, as valid Unicode, whatever a client calls it."""
+        name = f"{self._path}.{field}" if self._path else field
+        return name.encode("utf-8", "replace").decode()
 
-    def take(self, field: str, read: Callable[[Any], T], default: T) -> T:
+    def take(self, field: str, read: Callable[[Any], T], default: D) -> T | D:
         """The field, read; the default for null and for none. A reader raises ValueError, which says what it wants."""
         value = self._values.pop(field, None)
-        if value is None:
-            return default
-        try:
-            return read(value)
-        except ValueError as error:
-            raise refused(self.name(field), str(error)) from None
+        return default if value is None else self._read(field, read, value)
 
     def need(self, field: str, read: Callable[[Any], T]) -> T:
         """The same of a field that must be there."""
-        if self._values.get(field) is None:
+        value = self._values.pop(field, None)
+        if value is None:
             raise refused(self.name(field), "is missing", "missing_required_parameter")
-        return self.take(field, read, None)  # type: ignore[arg-type]
+        return self._read(field, read, value)
 
     def finish(self, neutral: Mapping[str, Sequence[Any]]) -> None:
         """Refuse what is left over, unless it has one of the values that change nothing."""
@@ -49,6 +47,12 @@ class Fields:
             values = " or ".join(json.dumps(one) for one in neutral.get(field, ()))
             told = f"only {values} is supported here, which changes nothing" if values else "is not supported here"
             raise refused(self.name(field), f"{told}: leave it out", UNSUPPORTED)
+
+    def _read(self, field: str, read: Callable[[Any], T], value: Any) -> T:
+        try:
+            return read(value)
+        except ValueError as error:
+            raise refused(self.name(field), str(error)) from None
 
 
 def _same(value: Any, other: Any) -> bool:

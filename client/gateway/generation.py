@@ -6,7 +6,7 @@ cancels: the turn ends, the session is closed, and its memory is free again.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,13 +14,24 @@ from client.answer import Answer
 from client.attestation.policy import VerifiedPeer
 from client.gateway.link import Link
 from client.gateway.requests import Order
-from client.session import TrustedWorker
+from client.session import Request, TrustedWorker
 from client.tokenizer import Tokenizer
 from client.turn import Pacing, Token
-from wire.errors import CleaveError, ExhaustedError
+from wire.errors import CleaveError, ContextError, ExhaustedError
 
 MOST = 64  # answers at once: a trusted worker takes no more sessions
 TICK_SECONDS = 10.0  # longest silence towards a client that waits
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served, and how its answers are driven."""
+
+    base: Request  # model, scheme and precision of every session
+    context: int  # tokens
+    tokenizer: Tokenizer
+    credit: int  # most tokens in flight
+    step_seconds: float  # longest wait for a token
 
 
 @dataclass(frozen=True)
@@ -46,15 +57,15 @@ class End:
 
 
 Event = Piece | End
+Events = AsyncGenerator[Event | None, None]  # None: nothing came for a while
 Emit = Callable[[Event | CleaveError], None]
 
 
 class Generation:
     """One answer. `run` blocks; `cancel` may come from any thread, at any time."""
 
-    def __init__(self, worker: TrustedWorker, tokenizer: Tokenizer, order: Order, pacing: Pacing, emit: Emit) -> None:
-        self._worker, self._tokenizer, self._order = worker, tokenizer, order
-        self._pacing, self._emit = pacing, emit
+    def __init__(self, worker: TrustedWorker, model: Model, order: Order, emit: Emit) -> None:
+        self._worker, self._model, self._order, self._emit = worker, model, order, emit
         self._answer: Answer | None = None
         self._cancelled = False
 
@@ -74,18 +85,20 @@ class Generation:
             self._emit(CleaveError(f"internal error of the gateway: {type(error).__name__}"))
 
     def _run(self) -> None:
-        ids = self._order.tokens(self._tokenizer)
+        ids = self._order.tokens(self._model.tokenizer)
+        if len(ids) >= self._model.context:
+            raise ContextError(f"the prompt has {len(ids)} tokens, and the model's context {self._model.context}")
         session = self._worker.open(self._order.request)
         try:
-            self._answer = Answer(self._worker, session, self._tokenizer.detokenizer(), self._order.stops)
+            self._answer = Answer(self._worker, session, self._model.tokenizer.detokenizer(), self._order.stops)
             if not self._cancelled:
                 self._stream(self._answer, ids)
         finally:
             session.close()
 
     def _stream(self, answer: Answer, ids: list[int]) -> None:
-        sent = 0
-        for piece in answer.stream(ids, self._pacing):
+        sent, pacing = 0, Pacing(self._model.credit, self._order.max_new_tokens, self._model.step_seconds)
+        for piece in answer.stream(ids, pacing):
             if self._cancelled:
                 answer.interrupt()
             self._emit(Piece(piece, tuple(answer.tokens[sent:])))
@@ -110,17 +123,16 @@ class Generation:
 class Generations:
     """All answers that are under way. Belongs to the event loop; close it when that ends."""
 
-    def __init__(self, link: Link, tokenizer: Tokenizer, credit: int, step_seconds: float) -> None:
+    def __init__(self, link: Link, model: Model) -> None:
         self.running = 0
-        self._link, self._tokenizer = link, tokenizer
-        self._credit, self._step_seconds = credit, step_seconds
+        self._link, self._model = link, model
         self._pool = ThreadPoolExecutor(MOST, thread_name_prefix="answer")
 
     def close(self) -> None:
         """Take no more; those that run end with their connection."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def events(self, order: Order) -> AsyncIterator[Event | None]:
+    async def events(self, order: Order) -> Events:
         """Pieces and the End; None after every TICK_SECONDS of silence. Closing it cancels the answer.
 
         Raises CleaveError: NotVerifiedError before anything was done, ExhaustedError when too many run already.
@@ -134,8 +146,7 @@ class Generations:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        pacing = Pacing(self._credit, order.max_new_tokens, self._step_seconds)
-        generation = Generation(worker, self._tokenizer, order, pacing, emit)
+        generation = Generation(worker, self._model, order, emit)
         self.running += 1
         done = loop.run_in_executor(self._pool, generation.run)
         done.add_done_callback(lambda _: self._leave())

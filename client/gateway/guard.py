@@ -47,7 +47,9 @@ class Guard:
             return ApiError(421, "this gateway answers to 127.0.0.1 and localhost only", _DENIED, "host_not_allowed")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):  # (2)
             return ApiError(403, "pages of other origins may not use this gateway", _DENIED, "origin_not_allowed")
-        if self._key is not None and path.startswith(LOCKED) and not self._knows(headers.get("authorization", "")):  # (3)
+        if (
+            self._key is not None and path.startswith(LOCKED) and not self._knows(headers.get("authorization", ""))
+        ):  # (3)
             error = ApiError(401, "wrong or missing API key: Authorization: Bearer KEY", INVALID, "invalid_api_key")
             error.headers = {"www-authenticate": "Bearer"}
             return error

@@ -22,9 +22,11 @@ def _message(fields: Fields) -> dict[str, str]:
     path = fields.name("content")
 
     def content(value: Any) -> str:
-        return "\n".join(_part(Fields(one, f"{path}[{index}]")) for index, one in enumerate(value)) if isinstance(
-            value, list
-        ) else text(value)
+        return (
+            "\n".join(_part(Fields(one, f"{path}[{index}]")) for index, one in enumerate(value))
+            if isinstance(value, list)
+            else text(value)
+        )
 
     said = fields.take("content", content, "") if role == "assistant" else fields.need("content", content)
     fields.finish(_NEUTRAL)

@@ -7,7 +7,7 @@ and then, so that nobody on the way takes the connection for dead.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,10 +15,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from client.gateway.errors import api_error
-from client.gateway.generation import End, Event, Piece
+from client.gateway.generation import End, Event, Events, Piece
 from client.gateway.shapes import Shape
 
-Events = AsyncGenerator[Event | None, None]
 T = TypeVar("T")
 
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}

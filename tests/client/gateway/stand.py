@@ -1,4 +1,4 @@
-"""A simulated TEE, a GPU worker and a trusted worker that can be killed and started again; and gateways, as processes."""
+"""A simulated TEE, a GPU worker, a trusted worker that can be killed and started again; gateways as processes."""
 
 import os
 import signal
@@ -37,8 +37,8 @@ class Stand:
             tee = self._child(stack, "TEE", "-m", "deploy.local.simulated_tee", "--folder", str(tsm))
             ops = ("--ops", "ring", "--model", str(DEMO_MODEL))
             self._child(stack, "GPU", "-m", "gpu_worker", "--listen", self.gpu, *ops)
-            stack.callback(lambda: self.stop())
             self.start()
+            stack.callback(self.stop)
             root, measurement = tee.await_line("ready", PATIENCE, "keys", lambda *_: None).split()
             simulated_policy.write(self.policy, simulated_policy.text(root, measurement, "secure-infer", []))
             self._channel = stack.enter_context(grpc.insecure_channel(self.target))

@@ -33,7 +33,8 @@ def test_this_machine_s_names_are_served(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["example.org", "localhost.example.org:8080", "127.0.0.1.example.org", "", "[", ":8080", "[::1].example.org"]
+    "host",
+    ["example.org", "localhost.example.org:8080", "127.0.0.1.example.org", "", "[", ":8080", "[::1].example.org"],
 )
 def test_another_name_for_this_machine_is_refused(host: str) -> None:
     assert status(host=host) == 421

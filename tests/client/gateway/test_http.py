@@ -1,6 +1,7 @@
-"""What a stock client does not look at: status codes, headers, limits, the report, the metrics, and who stops listening."""
+"""What a stock client does not look at: status codes, headers, limits, report, metrics; and who stops listening."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.client.gateway.stand import LONG, Running, Stand, asked, gateway
 from tests.faults.fleet import until
 from tests.faults.puppet import PATIENCE
 
-SECRET = "Yesterday I told my doctor"
+SAID = "Yesterday I told my doctor"
 
 
 def metric(running: Running, name: str) -> float:
@@ -61,7 +62,7 @@ def test_a_body_that_is_too_long_is_413(running: Running) -> None:
 
 
 def test_no_other_name_and_no_other_page_is_served(running: Running) -> None:
-    body = {"model": "demo", "messages": asked(SECRET)}
+    body = {"model": "demo", "messages": asked(SAID)}
     for headers, status in (({"host": "rebound.example.org"}, 421), ({"origin": "http://example.org"}, 403)):
         answer = running.http.post("/v1/chat/completions", json=body, headers=headers)
         assert answer.status_code == status
@@ -116,8 +117,6 @@ class _Socket:
     """A request on a socket of its own, which the block's end closes without reading an answer."""
 
     def __init__(self, running: Running, body: dict[str, object]) -> None:
-        import socket
-
         content = json.dumps(body).encode()
         host, port = running.url.removeprefix("http://").split(":")
         self._socket = socket.create_connection((host, int(port)), PATIENCE)
@@ -132,9 +131,9 @@ class _Socket:
 
 
 def test_nothing_of_a_conversation_is_written(running: Running) -> None:
-    running.chat(messages=asked(SECRET), max_tokens=4)
-    running.chat(messages=asked(SECRET), stop="", user=SECRET)
-    running.http.get(f"/v1/{SECRET}")
+    running.chat(messages=asked(SAID), max_tokens=4)
+    running.chat(messages=asked(SAID), stop="", user=SAID)
+    running.http.get(f"/v1/{SAID}")
     assert "doctor" not in running.log()
     assert "doctor" not in "".join(running.greeting)
     assert "verified: simulated" in running.log()

@@ -6,7 +6,6 @@ from typing import Any
 
 import openai as package
 import pytest
-from openai import OpenAI
 
 from client.attestation.policy import Policy
 from client.attestation.policy_file import load
@@ -32,7 +31,7 @@ def said_in_chat(stand: Stand, *prompts: str, **sampling: Any) -> list[str]:
             conversation.reset()
 
 
-def streamed(client: OpenAI, **fields: Any) -> list[Any]:
+def streamed(client: Any, **fields: Any) -> list[Any]:
     """All chunks."""
     options = {"model": "demo", "messages": asked(SHORT), "stream": True} | fields
     return list(client.chat.completions.create(**options))
@@ -42,7 +41,7 @@ def text_of(chunks: list[Any]) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-def test_the_one_model_is_listed(openai: OpenAI) -> None:
+def test_the_one_model_is_listed(openai: Any) -> None:
     assert [model.id for model in openai.models.list()] == ["demo"]
     assert openai.models.retrieve("demo").owned_by == "cleave"
     with pytest.raises(package.NotFoundError, match="demo"):
@@ -50,35 +49,34 @@ def test_the_one_model_is_listed(openai: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED])
-def test_an_answer_is_that_of_cleave_chat(stand: Stand, openai: OpenAI, sampling: dict[str, Any]) -> None:
+def test_an_answer_is_that_of_cleave_chat(stand: Stand, openai: Any, sampling: dict[str, Any]) -> None:
     (expected,) = said_in_chat(stand, SHORT, **sampling)
-    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), **sampling)  # type: ignore[call-overload]
+    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), **sampling)
     assert answer.choices[0].message.content == expected
     assert text_of(streamed(openai, **sampling)) == expected
     assert (answer.object, answer.choices[0].finish_reason) == ("chat.completion", "stop")
 
 
-def test_a_history_is_answered_as_in_cleave_chat(stand: Stand, openai: OpenAI) -> None:
+def test_a_history_is_answered_as_in_cleave_chat(stand: Stand, openai: Any) -> None:
     first, second = said_in_chat(stand, SHORT, LONG)
-    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT, first, LONG))  # type: ignore[arg-type]
+    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT, first, LONG))
     assert answer.choices[0].message.content == second
 
 
-def test_usage_counts_and_the_field_cleave(openai: OpenAI) -> None:
+def test_usage_counts_and_the_field_cleave(openai: Any) -> None:
     prompt = len(Tokenizer(DEMO_MODEL).chat(asked(SHORT)))
-    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), max_tokens=5)  # type: ignore[arg-type]
-    assert answer.usage is not None
+    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), max_tokens=5)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 5)
     assert answer.usage.total_tokens == prompt + 5
     assert answer.choices[0].finish_reason == "length"
-    told = (answer.model_extra or {})["cleave"]
+    told = answer.model_extra["cleave"]
     assert (told["scheme"], told["provider"], told["verified"]) == ("secure-infer", "simulated", False)
     assert told["products_verified"] > 0
     assert 0 < told["evidence_age_seconds"] < 3600
 
 
 @pytest.mark.parametrize("include", [True, False])
-def test_a_stream_ends_with_reason_usage_and_the_field_cleave(openai: OpenAI, include: bool) -> None:
+def test_a_stream_ends_with_reason_usage_and_the_field_cleave(openai: Any, include: bool) -> None:
     chunks = streamed(openai, max_completion_tokens=3, stream_options={"include_usage": include})
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-2:] == [None, "length"]
@@ -90,25 +88,22 @@ def test_a_stream_ends_with_reason_usage_and_the_field_cleave(openai: OpenAI, in
         assert chunks[-1].usage.completion_tokens == 3
 
 
-def test_a_stop_string_ends_the_answer_before_it(openai: OpenAI) -> None:
-    (whole,) = [openai.chat.completions.create(model="demo", messages=asked(SHORT)).choices[0]]  # type: ignore[arg-type]
-    assert whole.message.content is not None
+def test_a_stop_string_ends_the_answer_before_it(openai: Any) -> None:
+    whole = openai.chat.completions.create(model="demo", messages=asked(SHORT)).choices[0]
     stop = whole.message.content[20:26]
     for chosen in (stop, ["never said", stop]):
-        answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), stop=chosen, logprobs=True)  # type: ignore[arg-type]
+        answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), stop=chosen, logprobs=True)
         choice = answer.choices[0]
         assert choice.message.content == whole.message.content.partition(stop)[0]
         assert choice.finish_reason == "stop"
-        assert choice.logprobs is not None
-        assert choice.logprobs.content is not None
         spelt = "".join(token.token for token in choice.logprobs.content)
         assert spelt.startswith(choice.message.content)
         assert text_of(streamed(openai, stop=chosen)) == choice.message.content
 
 
-def test_log_probabilities_spell_the_answer(openai: OpenAI) -> None:
+def test_log_probabilities_spell_the_answer(openai: Any) -> None:
     fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
-    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), **fields)  # type: ignore[call-overload]
+    answer = openai.chat.completions.create(model="demo", messages=asked(SHORT), **fields)
     tokens = answer.choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == answer.choices[0].message.content
     for token in tokens:
@@ -120,19 +115,18 @@ def test_log_probabilities_spell_the_answer(openai: OpenAI) -> None:
         assert bytes(token.bytes).decode() == token.token
     chunks = [chunk.choices[0].logprobs for chunk in streamed(openai, **fields)]
     assert [token for part in chunks if part for token in part.content] == tokens
-    assert openai.chat.completions.create(model="demo", messages=asked(SHORT)).choices[0].logprobs is None  # type: ignore[arg-type]
+    assert openai.chat.completions.create(model="demo", messages=asked(SHORT)).choices[0].logprobs is None
 
 
-def test_completions(openai: OpenAI) -> None:
+def test_completions(openai: Any) -> None:
     answer = openai.completions.create(model="demo", prompt="Cleave runs", max_tokens=6, logprobs=2)
     choice = answer.choices[0]
-    assert choice.logprobs is not None
-    assert "".join(choice.logprobs.tokens or ()) == choice.text
-    assert [choice.text[offset] for offset in choice.logprobs.text_offset or ()] == [
-        token[0] for token in choice.logprobs.tokens or ()
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert [choice.text[offset] for offset in choice.logprobs.text_offset] == [
+        token[0] for token in choice.logprobs.tokens
     ]
-    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs or ())
-    assert all(math.isfinite(value) for value in choice.logprobs.token_logprobs or ())
+    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
+    assert all(math.isfinite(value) for value in choice.logprobs.token_logprobs)
     ids = Tokenizer(DEMO_MODEL).text("Cleave runs")
     assert openai.completions.create(model="demo", prompt=ids, max_tokens=6).choices[0].text == choice.text
     chunks = list(openai.completions.create(model="demo", prompt=["Cleave runs"], max_tokens=6, stream=True))
@@ -140,28 +134,26 @@ def test_completions(openai: OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason == "length"
 
 
-def test_what_is_refused_is_an_error_that_names_it(openai: OpenAI) -> None:
+def test_what_is_refused_is_an_error_that_names_it(openai: Any) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     for stream in (True, False):
         with pytest.raises(package.BadRequestError) as refusal:
-            openai.chat.completions.create(  # type: ignore[call-overload]
-                model="demo", messages=asked(SHORT), tools=[tool], stream=stream
-            )
+            openai.chat.completions.create(model="demo", messages=asked(SHORT), tools=[tool], stream=stream)
         error: Any = refusal.value
         assert (error.param, error.code, error.type) == ("tools", "unsupported_parameter", "invalid_request_error")
     with pytest.raises(package.NotFoundError) as missing:
-        openai.chat.completions.create(model="gpt-4o", messages=asked(SHORT))  # type: ignore[arg-type]
+        openai.chat.completions.create(model="gpt-4o", messages=asked(SHORT))
     assert missing.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_history_that_is_too_long_is_an_error_before_any_answer(openai: OpenAI, stream: bool) -> None:
+def test_a_history_that_is_too_long_is_an_error_before_any_answer(openai: Any, stream: bool) -> None:
     with pytest.raises(package.BadRequestError) as refusal:
-        openai.chat.completions.create(model="demo", messages=asked(SHORT * 400), stream=stream)  # type: ignore[call-overload]
+        openai.chat.completions.create(model="demo", messages=asked(SHORT * 400), stream=stream)
     assert refusal.value.code == "context_length_exceeded"
 
 
-def test_sixteen_clients_at_once_get_what_each_gets_alone(stand: Stand, openai: OpenAI) -> None:
+def test_sixteen_clients_at_once_get_what_each_gets_alone(stand: Stand, openai: Any) -> None:
     prompts = [SHORT, LONG, "Who are you?", "What is a one-time pad?"]
     alone = {prompt: said_in_chat(stand, prompt)[0] for prompt in prompts}
 
@@ -169,7 +161,7 @@ def test_sixteen_clients_at_once_get_what_each_gets_alone(stand: Stand, openai: 
         prompt = prompts[number % len(prompts)]
         if number % 2:
             return text_of(streamed(openai, messages=asked(prompt))) == alone[prompt]
-        answer = openai.chat.completions.create(model="demo", messages=asked(prompt))  # type: ignore[arg-type]
+        answer = openai.chat.completions.create(model="demo", messages=asked(prompt))
         return bool(answer.choices[0].message.content == alone[prompt])
 
     with ThreadPoolExecutor(16) as pool:

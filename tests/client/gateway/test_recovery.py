@@ -40,7 +40,9 @@ def refused(running: Running) -> dict[str, Any]:
     return dict(told[0])
 
 
-def test_a_refused_worker_gets_nothing_and_calls_name_the_step(middle: InTheMiddle, stand: Stand, tmp_path: Path) -> None:
+def test_a_refused_worker_gets_nothing_and_calls_name_the_step(
+    middle: InTheMiddle, stand: Stand, tmp_path: Path
+) -> None:
     text = stand.policy.read_text()
     policy = tmp_path / "policy.toml"
     policy.write_text(re.sub(r"measurements = .*", f'measurements = ["{"ab" * 48}"]', text))
@@ -100,17 +102,20 @@ def test_a_killed_worker_is_a_clear_error_for_everybody_and_recovery_needs_no_re
 
         def ask(number: int) -> str | None:
             """The error's code: in a stream that has begun, or of the whole call."""
+            client: Any
             with OpenAI(base_url=running.base, api_key="none", max_retries=0) as client:
                 fields: dict[str, Any] = {"temperature": 100, "seed": number}
                 try:
                     if number % 2:
-                        chunks = iter(client.chat.completions.create(model="demo", messages=asked(LONG), stream=True, **fields))  # type: ignore[call-overload]
+                        chunks = iter(
+                            client.chat.completions.create(model="demo", messages=asked(LONG), stream=True, **fields)
+                        )
                         next(chunks)
                         barrier.wait()
                         list(chunks)
                     else:
                         barrier.wait()
-                        client.chat.completions.create(model="demo", messages=asked(LONG), **fields)  # type: ignore[call-overload]
+                        client.chat.completions.create(model="demo", messages=asked(LONG), **fields)
                 except package.APIError as error:
                     return error.code
             return "it had no error"
@@ -130,7 +135,9 @@ def test_a_killed_worker_is_a_clear_error_for_everybody_and_recovery_needs_no_re
         assert running.end() == 130
 
 
-def test_a_stream_that_fails_ends_with_its_error_and_without_done(middle: InTheMiddle, stand: Stand, tmp_path: Path) -> None:
+def test_a_stream_that_fails_ends_with_its_error_and_without_done(
+    middle: InTheMiddle, stand: Stand, tmp_path: Path
+) -> None:
     """A frame of the answer is changed on the way: no retry, and the connection is verified again."""
 
     def change(method: str, number: int, frame: pb.Sealed) -> list[pb.Sealed]:
