@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """The answer is complete. `tokens` are the last ones, whose text was ready before or is none."""
+    """The answer is complete. `tokens` are those that no piece has, but for a stop string's and the end of sequence."""
 
     tokens: tuple[Token, ...]
     reason: str
@@ -103,12 +103,12 @@ class Generation:
                 answer.interrupt()
             self._emit(Piece(piece, tuple(answer.tokens[sent:])))
             sent = len(answer.tokens)
-        rest = answer.tokens[sent:]
-        if answer.finish_reason == "eos":
-            rest = rest[:-1]
+        rest = [] if answer.stopped else answer.tokens[sent:]
+        if rest and answer.finish_reason == "eos":
+            rest.pop()  # it is no part of the text
         self._emit(
             End(
-                () if answer.finish_reason == "stop" else tuple(rest),
+                tuple(rest),
                 answer.finish_reason or "ended",
                 answer.prompt_tokens,
                 len(answer.tokens),

@@ -39,8 +39,13 @@ class Script:
             self.closed = True
 
 
-async def answered(script: Script, *, stream: bool = True, leave_after: int | None = None) -> list[Any]:
-    """The ASGI messages of an answer, whose events are closed then. The client is gone after `leave_after` messages."""
+async def answered(
+    script: Script, *, stream: bool = True, leave_after: int | None = None, unread: bool = False
+) -> list[Any]:
+    """The ASGI messages of an answer, whose events are closed then. The client is gone after `leave_after` messages.
+
+    `unread`: it is gone when the answer begins, before a line of it was made.
+    """
     sent: list[Any] = []
     gone = asyncio.Event()
     if leave_after == 0:
@@ -60,6 +65,8 @@ async def answered(script: Script, *, stream: bool = True, leave_after: int | No
     make = streaming.stream if stream else streaming.whole
     try:
         response = await make(Request(scope, receive), script.events(), ChatShape(order, str))
+        if unread:
+            gone.set()
         await response(scope, receive, send)
     finally:
         assert script.closed  # here: the end of the loop closes everything
@@ -103,6 +110,11 @@ def test_an_error_later_is_the_last_event(error: Exception, code: str) -> None:
 def test_a_client_that_leaves_a_stream_closes_its_events(after: int) -> None:
     script = Script(Piece("a", ()), forever=True)
     asyncio.run(asyncio.wait_for(answered(script, leave_after=after), 30))
+
+
+def test_an_answer_that_nobody_reads_is_closed() -> None:
+    script = Script(Piece("a", ()), forever=True)
+    asyncio.run(asyncio.wait_for(answered(script, unread=True), 30))
 
 
 @pytest.mark.parametrize("stream", [True, False])
