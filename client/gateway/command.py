@@ -19,10 +19,9 @@ from client.gateway.app import Gateway
 from client.gateway.generation import Generations, Model
 from client.gateway.guard import Guard
 from client.gateway.link import Link
-from client.report import NO_TEE
 from client.session import Request
 from client.talk import settings
-from client.terminal import Progress, note, one_line, red
+from client.terminal import Progress, note
 from client.tokenizer import Tokenizer
 from deploy.local.cluster import Cluster
 from wire import logs
@@ -65,14 +64,14 @@ class Door:
 
 async def _serve(door: Door, target: str, policy: Path, model: Model, cluster: Cluster | None) -> None:
     """Until a signal, or the end of a worker of `cluster`."""
-    link = Link(target, policy, lambda line: note(one_line(line)))
+    link = Link(target, policy, note)
     generations = Generations(link, model)
     app = Guard(Gateway(link, generations, model).app(), door.key, door.any_host)
     server = uvicorn.Server(_config(app))
     if cluster:
         _stop_with(cluster, server)
     keeper = asyncio.create_task(link.keep())
-    _greet(door, model.base, simulated=cluster is not None)
+    _greet(door, model.base)
     try:
         await server.serve([door.listener])
     finally:
@@ -108,7 +107,7 @@ def _stop_with(cluster: Cluster, server: uvicorn.Server) -> None:
     threading.Thread(target=watch, name="cluster", daemon=True).start()
 
 
-def _greet(door: Door, base: Request, simulated: bool) -> None:
+def _greet(door: Door, base: Request) -> None:
     """The base URL, and two ways to try it."""
     host, port = door.listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -122,8 +121,6 @@ def _greet(door: Door, base: Request, simulated: bool) -> None:
         '.choices[0].message.content)"',
         flush=True,
     )
-    if simulated:
-        note(red(NO_TEE))
 
 
 def _listen(address: str, insecure: bool) -> socket.socket:

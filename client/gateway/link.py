@@ -24,7 +24,9 @@ from client.attestation.checklist import Refusal, Step
 from client.attestation.policy import Policy
 from client.attestation.policy_file import load
 from client.attestation.toml_table import PolicyError
+from client.report import attestation
 from client.session import TrustedWorker, connect
+from client.terminal import one_line
 from wire.errors import CleaveError, DeadlineError, UnauthenticatedError, UnavailableError
 
 CONNECT_SECONDS = 30.0  # hardware takes its time for evidence
@@ -126,9 +128,9 @@ class Link:
         if failure or not self._loss.is_set():
             self._settled.set()
         if failure and (before is None or before.text != failure.text):
-            self._notify(f"not verified, step {failure.field}: {failure.text}")
+            self._notify(one_line(f"not verified, step {failure.field}: {failure.text}"))
         elif failure is None and (before or self.attempts == 1) and self.trusted:
-            self._notify(f"verified: {self.trusted.peer.provider}")
+            self._notify(attestation(self.trusted.peer))
 
     def _attest(self) -> None:
         policy = Policy(rules=load(self._policy))  # (1)

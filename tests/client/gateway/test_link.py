@@ -38,7 +38,7 @@ class Peer:
     """What is left of a connection."""
 
     class peer:  # noqa: N801
-        provider = "simulated"
+        provider, verified = "tdx", True
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_calls_wait_for_the_first_verdict(tmp_path: Path) -> None:
         link.verdicts.put(None)
         assert await call is link.trusted
         await come(lambda: link.ready)
-        assert link.lines == ["verified: simulated"]
+        assert link.lines == ["verified: tdx"]
 
     play(tmp_path, scene)
 

@@ -40,11 +40,11 @@ class Script:
 
 
 async def answered(
-    script: Script, *, stream: bool = True, leave_after: int | None = None, unread: bool = False
+    script: Script, *, stream: bool = True, leave_after: int | None = None, stuck: bool = False
 ) -> list[Any]:
     """The ASGI messages of an answer, whose events are closed then. The client is gone after `leave_after` messages.
 
-    `unread`: it is gone when the answer begins, before a line of it was made.
+    `stuck`: until then it takes nothing more.
     """
     sent: list[Any] = []
     gone = asyncio.Event()
@@ -59,14 +59,13 @@ async def answered(
         sent.append(message)
         if len(sent) == leave_after:
             gone.set()
+            await asyncio.sleep(60 if stuck else 0)
 
     scope: Any = {"type": "http", "method": "POST", "headers": [], "asgi": {"spec_version": "2.3"}}
     order = requests.chat({"messages": asked("x"), "stream": stream}, Opening("demo", "secure-infer", "int8"))
     make = streaming.stream if stream else streaming.whole
     try:
         response = await make(Request(scope, receive), script.events(), ChatShape(order, str))
-        if unread:
-            gone.set()
         await response(scope, receive, send)
     finally:
         assert script.closed  # here: the end of the loop closes everything
@@ -112,9 +111,10 @@ def test_a_client_that_leaves_a_stream_closes_its_events(after: int) -> None:
     asyncio.run(asyncio.wait_for(answered(script, leave_after=after), 30))
 
 
-def test_an_answer_that_nobody_reads_is_closed() -> None:
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_an_answer_that_nobody_takes_is_closed(after: int) -> None:
     script = Script(Piece("a", ()), forever=True)
-    asyncio.run(asyncio.wait_for(answered(script, unread=True), 30))
+    asyncio.run(asyncio.wait_for(answered(script, leave_after=after, stuck=True), 30))
 
 
 @pytest.mark.parametrize("stream", [True, False])
