@@ -50,7 +50,7 @@ def test_it_listens_on_loopback_only(policy: Path, address: str, capsys: Output)
     assert "--insecure-listen" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("address", ["8080", ":8080", "127.0.0.1:", "127.0.0.1:99999", "unix:/tmp/x", "127.0.0.1:-1"])
+@pytest.mark.parametrize("address", ["8080", ":8080", "127.0.0.1:", "127.0.0.1:99999", "unix:/x", "127.0.0.1:-1"])
 def test_an_address_that_is_none_is_refused(policy: Path, address: str, capsys: Output) -> None:
     assert connect(policy, f"--listen={address}") == 1
     assert "HOST:PORT" in capsys.readouterr().err
