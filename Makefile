@@ -1,5 +1,6 @@
 # Everything works from a clean clone with Python 3.11+ and pip.
 #   make chat    a private chat on the demo model        make test    every test
+#   make gateway an OpenAI API on this machine, for any client
 # On a machine whose package index has CUDA builds of torch under the same version, name an index with CPU builds:
 #   make install TORCH_INDEX=URL
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/wire/v1/*.proto)
 PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --mypy_out=quiet:
 
-.PHONY: install chat bench test soak lint lint-deploy proto check-proto check-gpu clean
+.PHONY: install chat gateway bench test soak lint lint-deploy proto check-proto check-gpu clean
 
 install: $(VENV)/installed
 
@@ -20,11 +21,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trusted,gpu,client,tdx,measure,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[trusted,gpu,client,gateway,tdx,measure,dev]'
 	@touch $@
 
 chat: install
 	@$(BIN)/cleave chat $(ARGS)
+
+gateway: install
+	@$(BIN)/cleave gateway $(ARGS)
 
 bench: install
 	@$(BIN)/cleave-bench $(ARGS)

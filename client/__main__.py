@@ -1,4 +1,4 @@
-"""`cleave`: chat, up, budget, attest, doctor. Every error that we know of is one line on stderr and a non-zero
+"""`cleave`: chat, up, gateway, budget, attest, doctor. Every error that we know of is one line on stderr and a non-zero
 exit status.
 
 Commands are imported when they run: `cleave doctor` and `cleave budget` must work where half of the packages are
@@ -56,6 +56,10 @@ def _run(options: argparse.Namespace) -> int:
         from client.attestation import command
 
         return command.run(options)
+    if options.command == "gateway":
+        from client.gateway import command as gateway
+
+        return gateway.run(options)
     from client import talk, up
 
     return talk.run(options) if options.command == "chat" else up.run(options)

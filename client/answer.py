@@ -36,6 +36,11 @@ class Answer:
         return self._turn.finish_reason if self._turn else None
 
     @property
+    def stopped(self) -> bool:
+        """Whether its text was cut at a stop string; the model may have ended at the same time."""
+        return self._stop.stopped
+
+    @property
     def tokens_per_second(self) -> float | None:
         """The decode rate: tokens after the first one, over the time after it. None for fewer than two tokens."""
         if len(self.tokens) < 2:

@@ -26,6 +26,8 @@ _PACKAGES = {  # and who needs them
     "tokenizers": "the client",
     "jinja2": "the client",
     "cryptography": "the client",
+    "starlette": "the gateway",
+    "uvicorn": "the gateway",
 }
 _CPU_FLAGS = {
     "avx2": "int8 products and attention are several times slower without it",

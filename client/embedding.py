@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from wire.checkpoint import Checkpoint
-from wire.errors import CheckpointError, InvalidArgumentError
+from wire.errors import CheckpointError, InvalidArgumentError, PreconditionError
 from wire.model_config import ModelConfig
 from wire.parameters import Kind, Name, parameters
 from wire.quantize import quantize_rows
+from wire.v1 import trusted_worker_pb2 as pb
 
 
 class EmbeddingTable:
@@ -49,3 +50,18 @@ class EmbeddingTable:
             quantized, scale = quantize_rows(weight)
             weight = np.multiply(quantized, scale[:, None], dtype=np.float32)
         return weight.astype("<f4", copy=False).tobytes()
+
+
+def own_table(folder: Path | None, precision: str, opened: pb.OpenResponse) -> EmbeddingTable:
+    """The table of this client's copy of the model. Raises PreconditionError where it cannot serve for `opened`."""
+    why = "this trusted worker leaves embedding to its clients"
+    if folder is None:
+        raise PreconditionError(f"{why}: give the folder of a local copy of the model")
+    try:
+        table = EmbeddingTable(folder, precision)
+    except CheckpointError as error:
+        raise PreconditionError(f"{why}: {error}") from error
+    if table.shape != (opened.vocabulary, opened.hidden):
+        table.close()
+        raise PreconditionError(f"{why}, but serves another model than the one in {folder}")
+    return table

@@ -11,6 +11,7 @@ from wire.profiles import PROFILES
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
 DEFAULT_LISTEN = "127.0.0.1:7750"
+DEFAULT_HTTP = "127.0.0.1:8080"
 SCHEMES = ("secure-infer", "kv-shield", "split", "plain", "tee-only")
 DEFAULT_SCHEME = "secure-infer"
 _LOCAL_DEFAULTS = {"memory_budget": None, "pad_bank": "64MiB", "device": "auto", "more": ()}
@@ -40,13 +41,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _add_chat(chat)
     up = commands.add_parser("up", help="run both workers until stopped, for `cleave chat --connect`")
     _add_up(up)
+    gateway = commands.add_parser("gateway", help="an OpenAI API on this machine, in front of a verified worker")
+    _add_gateway(gateway)
     _add_budget(commands.add_parser("budget", help="what a model costs under every scheme; runs nothing"))
     attest = commands.add_parser("attest", help="ask a worker for evidence, verify evidence, measure images")
     add_attest(attest, Parser)
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
     options = parser.parse_args(argv)
-    if options.command in ("chat", "up"):
-        _check_cluster(chat if options.command == "chat" else up, options)
+    if options.command in ("chat", "up", "gateway"):
+        _check_cluster({"chat": chat, "up": up, "gateway": gateway}[options.command], options)
+    if options.command == "gateway" and bool(options.connect) != bool(options.policy):
+        gateway.error("--connect and --policy go together; without them a cluster is started, with a policy of its own")
     if options.command == "chat":
         _check_chat(chat, options)
     if options.command == "attest":
@@ -75,6 +80,19 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         help="where the policy for `cleave chat --connect` is written; default: a private temporary folder",
     )
     _add_cluster(parser)
+
+
+def _add_gateway(parser: argparse.ArgumentParser) -> None:
+    _add_cluster(parser)
+    add = parser.add_argument_group("connection").add_argument
+    add("--connect", metavar="HOST:PORT", help="the trusted worker; default: start a cluster")
+    add("--policy", type=Path, metavar="FILE", help="with --connect: what it must prove, in TOML; docs/attestation.md")
+    add("--credit", type=integer(1, 4096), default=8, metavar="N", help="most tokens in flight; default: %(default)s")
+    add("--timeout", type=number(1, 86400), default=120.0, metavar="SECONDS", help="longest wait for a token")
+    add = parser.add_argument_group("HTTP").add_argument
+    add("--listen", dest="http", default=DEFAULT_HTTP, metavar="HOST:PORT", help="default: %(default)s; port 0: any")
+    add("--insecure-listen", action="store_true", help="listen where other machines read prompts on their way")
+    add("--api-key-file", type=Path, metavar="FILE", help="clients must send the key in it as a bearer token")
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +257,7 @@ def _check_cluster(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for name, default in _LOCAL_DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-        elif options.command == "chat" and options.connect:
+        elif options.command != "up" and options.connect:
             flag = options.more[0] if name == "more" else f"--{name.replace('_', '-')}"
             parser.error(f"{flag} belongs to `cleave up`, not to --connect")
 

@@ -21,12 +21,11 @@ from client.adapter import Adapter
 from client.attestation.fetch import fetch_from
 from client.attestation.policy import Policy, VerifiedPeer, verify
 from client.counters import Counters
-from client.embedding import EmbeddingTable
+from client.embedding import EmbeddingTable, own_table
 from client.turn import DecodeStream, Pacing, Turn
 from wire.binding import NONCE_BYTES
 from wire.channel import CONNECT_SECONDS, client_options
 from wire.errors import (
-    CheckpointError,
     DeniedError,
     InvalidArgumentError,
     PreconditionError,
@@ -138,6 +137,7 @@ class TrustedWorker:
         self._channel = grpc.insecure_channel(target, options=client_options())
         self._stub = trusted_worker_pb2_grpc.TrustedWorkerServiceStub(self._channel)
         self._lost = False  # a call of the verified peer was cut
+        self._told: Callable[[], None] = lambda: None  # of losses
         self._adapters: dict[Path, bytes] = {}  # that were uploaded
         try:
             self.peer = self._verified()
@@ -150,6 +150,27 @@ class TrustedWorker:
 
     def __exit__(self, *_: object) -> None:
         self._channel.close()
+
+    def renew(self, policy: Policy) -> None:
+        """Ask for evidence again, and judge it by this policy. Raises as the constructor does; see there.
+
+        After an error nothing is sent before evidence was accepted.
+        """
+        self._policy = policy
+        self.peer = self._verified()
+
+    def on_loss(self, told: Callable[[], None]) -> None:
+        """Have `told` called, from any thread, whenever what answers next may be another machine."""
+        self._told = told
+        before = grpc.ChannelConnectivity.READY
+
+        def changed(state: grpc.ChannelConnectivity) -> None:
+            nonlocal before
+            if before is grpc.ChannelConnectivity.READY and state is not before:
+                self._lose()
+            before = state
+
+        self._channel.subscribe(changed)
 
     def open(self, request: Request) -> Session:
         """Open a session, after an upload of its adapter if the worker has not got it.
@@ -190,7 +211,7 @@ class TrustedWorker:
             self.peer = self._verified()
             return attempt()
         except UnavailableError:
-            self._lost = True
+            self._lose()
             raise
 
     def _upload(self, adapter: Adapter) -> bytes:
@@ -206,7 +227,7 @@ class TrustedWorker:
         _check_echo(asked, opened)
         key = peer.hpke_key, opened.session, call.secret
         try:
-            table = _table(request, opened) if opened.client_embeds else None
+            table = own_table(request.model_folder, request.precision, opened) if opened.client_embeds else None
         except BaseException:
             self.forget(*key)
             raise
@@ -215,15 +236,20 @@ class TrustedWorker:
         return Session(opened, stream, table, lambda: self.forget(*key))
 
     def _verified(self) -> VerifiedPeer:
-        self._lost = False
+        self._lost = False  # a call that is cut from here on counts
         rules = self._policy.rules
         nonce = os.urandom(NONCE_BYTES) if rules is None or rules.require_fresh_nonce else b""
-        provider, offer = fetch_from(self._stub, self._target, nonce, self._seconds)
-        return verify(self._target, provider, self._policy, offer)
+        try:
+            provider, offer = fetch_from(self._stub, self._target, nonce, self._seconds)
+            return verify(self._target, provider, self._policy, offer)
+        except BaseException:
+            self._lose()
+            raise
 
     def _lose(self) -> None:
-        """A call was cut: whatever answers next may be another machine."""
+        """A call was cut, or the peer refused: whatever answers next may be another machine."""
         self._lost = True
+        self._told()
 
     def counters(self) -> Counters:
         """The worker's counters now."""
@@ -263,20 +289,6 @@ def _check_echo(asked: pb.OpenRequest, opened: pb.OpenResponse) -> None:
         raise DeniedError("the trusted worker opened another model, scheme, precision or adapter than was asked for")
     if opened.perturbation < asked.sampling.perturbation:
         raise DeniedError("the trusted worker perturbs logits less than was asked for")
-
-
-def _table(request: Request, opened: pb.OpenResponse) -> EmbeddingTable:
-    why = "this trusted worker leaves embedding to its clients"
-    if request.model_folder is None:
-        raise PreconditionError(f"{why}: give the folder of a local copy of the model")
-    try:
-        table = EmbeddingTable(request.model_folder, request.precision)
-    except CheckpointError as error:
-        raise PreconditionError(f"{why}: {error}") from error
-    if table.shape != (opened.vocabulary, opened.hidden):
-        table.close()
-        raise PreconditionError(f"{why}, but serves another model than the one in {request.model_folder}")
-    return table
 
 
 def _call(call: Callable[[], T]) -> T:

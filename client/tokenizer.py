@@ -47,6 +47,15 @@ class Tokenizer:
             raise InvalidArgumentError("the model's chat template refuses this conversation") from error
         return self._encode(text, special=False)
 
+    def text(self, text: str) -> list[int]:
+        """Text without a template as ids, with the special tokens that the tokenizer itself adds."""
+        return self._encode(text, special=True)
+
+    def spelling(self, token_id: int) -> str:
+        """A token's text within a text, special tokens included; U+FFFD for the bytes of half a character."""
+        once, twice = (str(self._encoder.decode([token_id] * n, skip_special_tokens=False)) for n in (1, 2))
+        return twice[len(once) :]  # the second one: some tokenizers drop a space at the start of a text
+
     def detokenizer(self) -> Detokenizer:
         """A decoder for one answer."""
         return Detokenizer(lambda ids: str(self._encoder.decode(ids, skip_special_tokens=True)))

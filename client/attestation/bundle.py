@@ -19,9 +19,9 @@ _LISTS = ("certificates", "collateral")
 _FIELDS = {"bundle", "time", "provider", "nonce", "hpke_key", "evidence", "claims", *_LISTS}
 
 
-def write(path: Path, provider: str, offer: Offer, at: datetime) -> None:
-    """Save what was offered, whatever it is worth. Raises InvalidArgumentError when the file cannot be written."""
-    values = {
+def values(provider: str, offer: Offer, at: datetime) -> dict[str, Any]:
+    """The object of what was offered, whatever it is worth."""
+    return {
         "bundle": _KIND,
         "time": at.isoformat(),
         "provider": provider,
@@ -31,8 +31,12 @@ def write(path: Path, provider: str, offer: Offer, at: datetime) -> None:
         "claims": _text(offer.claims),
         **{name: [_text(one) for one in getattr(offer, name)] for name in _LISTS},
     }
+
+
+def write(path: Path, provider: str, offer: Offer, at: datetime) -> None:
+    """Save that object. Raises InvalidArgumentError when the file cannot be written."""
     try:
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="ascii")
+        path.write_text(json.dumps(values(provider, offer, at), indent=1) + "\n", encoding="ascii")
     except OSError as error:
         raise InvalidArgumentError(f"{path} cannot be written") from error
 
@@ -40,27 +44,27 @@ def write(path: Path, provider: str, offer: Offer, at: datetime) -> None:
 def read(data: bytes) -> tuple[str, Offer] | None:
     """Provider and offer; None when the bytes are no bundle at all. Raises InvalidArgumentError for a damaged one."""
     try:
-        values = json.loads(data)
+        found = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict) or "bundle" not in values:
+    if not isinstance(found, dict) or "bundle" not in found:
         return None
-    if set(values) != _FIELDS or values["bundle"] != _KIND or not isinstance(values["provider"], str):
+    if set(found) != _FIELDS or found["bundle"] != _KIND or not isinstance(found["provider"], str):
         raise InvalidArgumentError("this bundle cannot be read: it has other fields, or is of another version")
-    certificates, collateral = (_field(values, name, _several) for name in _LISTS)
-    return values["provider"], Offer(
-        _field(values, "nonce", _hexadecimal),
-        _field(values, "evidence", _bytes),
-        _field(values, "hpke_key", _hexadecimal),
-        _field(values, "claims", _bytes),
+    certificates, collateral = (_field(found, name, _several) for name in _LISTS)
+    return found["provider"], Offer(
+        _field(found, "nonce", _hexadecimal),
+        _field(found, "evidence", _bytes),
+        _field(found, "hpke_key", _hexadecimal),
+        _field(found, "claims", _bytes),
         certificates,
         collateral,
     )
 
 
-def _field(values: dict[str, Any], name: str, parse: Callable[[Any], Any]) -> Any:
+def _field(found: dict[str, Any], name: str, parse: Callable[[Any], Any]) -> Any:
     try:
-        return parse(values[name])
+        return parse(found[name])
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(f"this bundle cannot be read: its field {name} is damaged") from error
 

@@ -52,6 +52,8 @@ class VerifiedPeer:
     verified: bool  # whether hardware evidence was checked; False for providers "none" and "simulated"
     hpke_key: bytes  # 32 bytes; the evidence is bound to it; whose it is nobody knows with provider "none"
     claims: bytes  # matched with the policy; nobody vouches for them with provider "none"
+    offer: Offer  # all that the peer answered, as it was judged
+    at: datetime  # when that was
     steps: tuple[Step, ...] = ()  # what was checked; nothing with provider "none"
     seal: InitVar[object] = field(kw_only=True)
 
@@ -66,17 +68,18 @@ def verify(target: str, provider: str, policy: Policy, offer: Offer, at: datetim
     Raises UnauthenticatedError, and its kind Refusal, with what to do about it; DeniedError for a simulated TEE on
     another machine. Nothing may be sent to the peer then.
     """
+    at = at or datetime.now(UTC)
     if len(offer.hpke_key) != HPKE_KEY_BYTES:
         raise UnauthenticatedError(f"{target} offers no key of {HPKE_KEY_BYTES} bytes to seal for; nothing was sent")
     if policy.rules is None:
         _check_unattested(target, provider, policy)
-        return VerifiedPeer(target, provider, False, offer.hpke_key, offer.claims, seal=_SEAL)
+        return VerifiedPeer(target, provider, False, offer.hpke_key, offer.claims, offer, at, seal=_SEAL)
     if provider == SIMULATED and not is_local(target):
         raise DeniedError(f"{target} offers simulated evidence and is not on this machine; nothing was sent")
     from client.attestation.judge import judge  # and cryptography, which a chat without evidence does not need
 
-    steps = judge(provider, offer, policy.rules, at or datetime.now(UTC))
-    return VerifiedPeer(target, provider, provider != SIMULATED, offer.hpke_key, offer.claims, steps, seal=_SEAL)
+    steps, verified = judge(provider, offer, policy.rules, at), provider != SIMULATED
+    return VerifiedPeer(target, provider, verified, offer.hpke_key, offer.claims, offer, at, steps, seal=_SEAL)
 
 
 def _check_unattested(target: str, provider: str, policy: Policy) -> None:

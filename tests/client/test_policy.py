@@ -1,9 +1,12 @@
+from datetime import UTC, datetime
+
 import pytest
 
 from client.attestation.policy import Offer, Policy, VerifiedPeer, verify
 from wire.errors import UnauthenticatedError
 
 OFFER = Offer(b"n" * 32, b"", b"k" * 32, b"{}")
+NOW = datetime.now(UTC)
 
 
 @pytest.mark.parametrize("target", ["127.0.0.1:7", "[::1]:7", "localhost:7", "unix:/run/cleave.sock"])
@@ -35,4 +38,4 @@ def test_a_key_of_another_size_is_refused(size: int) -> None:
 
 def test_nobody_else_makes_a_verified_peer() -> None:
     with pytest.raises(TypeError):
-        VerifiedPeer("127.0.0.1:7", "none", True, OFFER.hpke_key, OFFER.claims, seal=object())
+        VerifiedPeer("127.0.0.1:7", "none", True, OFFER.hpke_key, OFFER.claims, OFFER, NOW, seal=object())

@@ -1,13 +1,16 @@
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 
 import grpc
 import pytest
 
+from client.attestation import policy_file
 from client.attestation.policy import Policy
 from client.counters import Counters
 from client.session import Request, connect
 from client.turn import Pacing, Turn
+from deploy.local import simulated_policy
 from tests.client.fake_worker import EOS, FakeWorker, Script
 from wire.errors import (
     CleaveError,
@@ -252,3 +255,54 @@ def test_frames_of_a_session_have_one_size_and_show_nothing(serve: Serve) -> Non
     assert sizes == {SIZES[0]}
     plain = pb.DecodeRequest(token_ids=prompt).SerializeToString()
     assert all(plain[8:16] not in frame.body for frame in worker.sealed)
+
+
+def test_nothing_is_sent_after_a_loss_until_evidence_is_accepted_again(serve: Serve) -> None:
+    worker = serve(Script(answers=[[7, EOS]], cut_after=1))
+    with connect(worker.target, Policy()) as trusted:
+        session = trusted.open(REQUEST)
+        with pytest.raises(UnavailableError):
+            list(session.turn([3], Pacing()))
+        session.close()
+        worker.script.provider = "sev-snp"
+        frames = len(worker.sealed)
+        for _ in range(3):
+            with pytest.raises(UnauthenticatedError):
+                trusted.open(REQUEST)
+        assert len(worker.sealed) == frames
+        worker.script.provider = "none"
+        trusted.open(REQUEST).close()
+
+
+def test_evidence_can_be_renewed_under_another_policy(serve: Serve) -> None:
+    worker = serve(Script())
+    with connect(worker.target, Policy()) as trusted:
+        before = trusted.peer
+        trusted.renew(Policy())
+        assert trusted.peer.at > before.at
+        assert trusted.peer.offer.nonce == worker.nonces[-1] != before.offer.nonce
+        with pytest.raises(UnauthenticatedError):
+            trusted.renew(Policy(rules=policy_file.read(simulated_policy.text("ab" * 32, "ab" * 48, "split", []))))
+        frames = len(worker.sealed)
+        with pytest.raises(UnauthenticatedError):
+            trusted.open(REQUEST)
+        assert len(worker.sealed) == frames
+
+
+def test_whoever_wants_to_know_is_told_of_losses(serve: Serve) -> None:
+    worker = serve(Script(answers=[[7, EOS]] * 2, cut_after=3))
+    told = threading.Semaphore(0)
+    with connect(worker.target, Policy()) as trusted:
+        trusted.on_loss(told.release)
+        session = trusted.open(REQUEST)
+        assert len(list(session.turn([3], Pacing()))) == 2
+        assert not told.acquire(timeout=0.3)
+        with pytest.raises(UnavailableError):
+            list(session.turn([3], Pacing()))
+        assert told.acquire(timeout=10)  # a call was cut
+        session.close()
+        trusted.renew(Policy())
+        while told.acquire(timeout=0.3):
+            pass
+        worker.stop()
+        assert told.acquire(timeout=10)  # the connection ended

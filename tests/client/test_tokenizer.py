@@ -63,3 +63,10 @@ def test_a_refusing_or_hostile_template_is_one_error_without_the_prompt(folder: 
     with pytest.raises(InvalidArgumentError) as caught:
         Tokenizer(folder).chat([{"role": "user", "content": "secret"}])
     assert "secret" not in str(caught.value)
+
+
+def test_a_token_is_spelt_as_it_stands_within_a_text(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.text(" a<|end|>")
+    assert [tokenizer.spelling(token_id) for token_id in ids] == [" ", "a", "<|end|>"]
+    assert tokenizer.spelling(tokenizer.text("ü")[0]) == "\ufffd"
