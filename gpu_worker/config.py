@@ -29,6 +29,8 @@ class Settings:
     reflection: bool
     metrics: str | None
     log_format: str
+    record: Path | None
+    record_keep: int | None
     tls_certificate: Path | None
     tls_key: Path | None
     tls_authority: Path | None
@@ -96,6 +98,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--reflection", action="store_true", help="answer gRPC reflection")
     add("--metrics", metavar="HOST:PORT", help="Prometheus endpoint, for this machine only (default: none)")
     add("--log-format", choices=logs.FORMATS, default="text", help="of stderr (default: text)")
+    add("--record", type=Path, metavar="DIR", help="write all that this worker receives, sends and holds there")
+    add("--record-keep", type=_count, metavar="N", help="of a recording, the last N times 64 MiB (default: all)")
     add("--insecure-plaintext", action="store_true", help="allow --listen beyond this machine without TLS")
     add("--parent", type=int, metavar="PID", help="end when this process, the parent, ends")
 

@@ -1,0 +1,82 @@
+"""What clients say while the GPU worker records, and the truth that answers are compared with.
+
+Victims' tokens are drawn uniformly from the whole vocabulary: whoever knows nothing is right once in its size, exactly,
+whatever rule he guesses by, so what chance can do is known and not estimated. A natural text would be easier to guess and
+no harder to protect.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.attacks.knowledge import Knowledge
+from evaluation.attacks.public_model import PublicModel
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts of each kind, and of how many tokens."""
+
+    known: int
+    victims: int
+    again: int
+    messages: int  # of each class: half of them labelled
+    known_tokens: int
+    victim_tokens: int
+    repeated_tokens: int
+    prefix: int = 2
+
+
+QUICK = Sizes(known=48, victims=24, again=24, messages=24, known_tokens=8, victim_tokens=16, repeated_tokens=160)
+
+
+@dataclass(frozen=True)
+class Script:
+    """All prompts in their order; `truth` by the name that Answers.of gives."""
+
+    prompts: tuple[Ints, ...]
+    truth: dict[str, Ints]
+    knowledge: Knowledge
+
+
+def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
+    """Always the same for the same arguments."""
+    rng, vocabulary = np.random.default_rng(seed), model.config.vocabulary
+
+    def some(tokens: int) -> Ints:
+        return rng.integers(0, vocabulary, tokens)
+
+    prefix = some(sizes.prefix)
+    known = [some(sizes.known_tokens) for _ in range(sizes.known)]
+    victims = [np.concatenate([prefix, some(sizes.victim_tokens - sizes.prefix)]) for _ in range(sizes.victims)]
+    again = rng.integers(0, sizes.known, sizes.again)
+    repeated = np.full(sizes.repeated_tokens, some(1)[0])
+    messages = some(sizes.known_tokens), some(sizes.known_tokens)
+    classes = rng.permutation(np.repeat([0, 1], sizes.messages))
+    parts = [known, victims, [known[one] for one in again], [repeated], [messages[one] for one in classes]]
+    starts = np.cumsum([0, *map(len, parts)])
+    places = [tuple(range(start, end)) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    said = dict(zip(places[4], classes, strict=True))
+    labelled, unlabelled = places[4][: sizes.messages], places[4][sizes.messages :]
+    prompts = tuple(prompt for part in parts for prompt in part)
+    knowledge = Knowledge(
+        model=model,
+        lengths=tuple(map(len, prompts)),
+        known=dict(zip(places[0], known, strict=True)),
+        victims=places[1],
+        prefix=prefix,
+        again=places[2],
+        labels={place: int(said[place]) for place in labelled},
+        unlabelled=unlabelled,
+        repeated=places[3][0],
+        seed=seed,
+    )
+    truth = {
+        "tokens": np.concatenate([prompt[sizes.prefix :] for prompt in victims]),
+        "again": again,
+        "unlabelled": np.array([said[place] for place in unlabelled]),
+    }
+    return Script(prompts, truth, knowledge)
