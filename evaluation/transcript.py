@@ -115,4 +115,5 @@ def _tensor(place: dict[str, Any], content: Array) -> Array:
     found = content[place["at"] : place["at"] + size]
     if len(found) != size:
         raise ValueError("too short")
-    return found.copy().view(dtype).reshape(shape)
+    tensor: Array = found.copy().view(dtype).reshape(shape)
+    return tensor

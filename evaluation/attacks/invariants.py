@@ -57,7 +57,8 @@ def pair_energies(k: F32, known: Knowledge) -> F32:
 
 def nearest(rows: F32, table: F32) -> npt.NDArray[np.int64]:
     """For each row of length 1 the nearest of the table's."""
-    return (rows @ table.T).argmax(axis=1)
+    said: npt.NDArray[np.int64] = (rows @ table.T).argmax(axis=1)
+    return said
 
 
 def _gram(view: View, known: Knowledge) -> list[Finding]:

@@ -145,7 +145,8 @@ class PublicModel:
     def normed(self, x: F32, gain: Name) -> F32:
         """RMSNorm over the last axis, times a gain."""
         scale = np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + self.config.norm_eps)
-        return (x / scale * self.parameter(gain)[:, 0]).astype(np.float32)
+        result: F32 = (x / scale * self.parameter(gain)[:, 0]).astype(np.float32)
+        return result
 
 
 def attend(q: F32, k: F32, v: F32, shared: tuple[F32, F32] | None) -> F32:

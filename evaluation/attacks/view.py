@@ -1,7 +1,7 @@
 """A transcript as rows: everything that went into and came out of each place of the model, prompt by prompt.
 
-Rows per call are always visible. A call of many rows is a prompt's; single rows, an answer's, are left out here. How long
-the prompts were, and in which order they came, is therefore the attacker's to see.
+Rows per call are always visible. A call of many rows is a prompt's; single rows, an answer's, are left out here. How
+long the prompts were, and in which order they came, is therefore the attacker's to see.
 
 Names of what may be had, by layer: of ring products and of split `input` and `qkv`, `attention` and `o`, `ffn_input`
 and `gate_up`, `ffn_inner` and `down` (what enters and what leaves each linear); of a worker that runs whole layers

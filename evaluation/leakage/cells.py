@@ -56,8 +56,8 @@ def not_run(scheme: str, attack: str, knowledge: str, reason: str) -> Cell:
 def judged(cells: list[Cell], protected: str, control: str, by_design: frozenset[str]) -> list[Cell]:
     """With verdicts. `by_design`: attacks on what every scheme shows.
 
-    A cell is `chance` only if its attack broke the control: the same target there, or any, where the control has no such
-    target.
+    A cell is `chance` only if its attack broke the control: the same target there, or any target, where the control has
+    no such one.
     """
     limit = threshold(cells, protected, by_design)
     worked = {(one.attack, one.target) for one in cells if one.scheme == control and one.estimate >= CONTROLLED}

@@ -1,11 +1,12 @@
 """What clients say while the GPU worker records, and the truth that answers are compared with.
 
 Victims' tokens are drawn uniformly from the whole vocabulary: whoever knows nothing is right once in its size, exactly,
-whatever rule he guesses by, so what chance can do is known and not estimated. A natural text would be easier to guess and
-no harder to protect.
+whatever rule he guesses by, so what chance can do is known and not estimated. A natural text would be easier to guess
+and no harder to protect.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +59,7 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
     classes = rng.permutation(np.repeat([0, 1], sizes.messages))
     parts = [known, victims, [known[one] for one in again], [repeated], [messages[one] for one in classes]]
     starts = np.cumsum([0, *map(len, parts)])
-    places = [tuple(range(start, end)) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    places = [tuple(range(start, end)) for start, end in pairwise(starts)]
     said = dict(zip(places[4], classes, strict=True))
     labelled, unlabelled = places[4][: sizes.messages], places[4][sizes.messages :]
     prompts = tuple(prompt for part in parts for prompt in part)

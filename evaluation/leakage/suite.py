@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from evaluation.attacks import embedding, invariants
 from evaluation.attacks.knowledge import Attack
 from evaluation.attacks.view import View
-from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, DESIGN, Cell, cell, judged, not_run
+from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, Cell, cell, judged, not_run
 from evaluation.leakage.prompts import Script
 
 PROTECTED, CONTROL = "secure-infer", "plain"
@@ -15,7 +15,7 @@ PROTECTED, CONTROL = "secure-infer", "plain"
 
 @dataclass(frozen=True)
 class Entry:
-    """One attack. `everywhere`: whatever is sent can be attacked so, hence a cell of the protected scheme must be there."""
+    """One attack. `everywhere`: it can be tried on whatever is sent, so the protected scheme must have a cell of it."""
 
     name: str
     attack: Attack
@@ -51,7 +51,7 @@ def attacked(views: dict[str, View], script: Script, attacks: Sequence[Entry] = 
 def failures(
     cells: Sequence[Cell], relatives: dict[str, tuple[str, ...]], attacks: Sequence[Entry] = ATTACKS
 ) -> list[str]:
-    """Why the build must not pass. `relatives`: schemes that are broken on purpose, and the attacks that must show it."""
+    """Why the build must not pass. `relatives`: schemes broken on purpose, and the attacks that must show it."""
 
     def of(scheme: str, attack: str) -> list[Cell]:
         return [one for one in cells if (one.scheme, one.attack) == (scheme, attack)]
