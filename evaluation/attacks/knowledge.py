@@ -29,6 +29,8 @@ class Knowledge:
     again: tuple[int, ...] = ()  # each is one of `known` over again: which?
     labels: dict[int, int] = field(default_factory=dict)  # of messages that the attacker made himself: 0 or 1
     unlabelled: tuple[int, ...] = ()  # messages of one or the other kind
+    metered: dict[int, int] = field(default_factory=dict)  # conversations whose kind he knows: 0 or 1
+    unmetered: tuple[int, ...] = ()  # those of which he wants to know it
     repeated: int | None = None  # the prompt that is one token, over and over, which he chose
     seed: int = 0
 
@@ -40,7 +42,8 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the attacker says, in order, about `of`: tokens (of the victims, behind the prefix), again, unlabelled.
+    """What the attacker says, in order, about `of`: tokens (of the victims, behind the prefix), again, unlabelled,
+    prompt lengths, answer lengths, kinds.
 
     `pool`: how many answers there are to choose from; who guesses is right once in so many.
     """
