@@ -1,8 +1,8 @@
 """What a view shows of the model's own quantities, whichever way it shows it: inputs, queries, keys, values.
 
-Integers of split come at a secret scale per row, which hides nothing: a normed row divided by the public gain has a root
-mean square of 1. On masked words the same code runs as well, and gives noise. What a permutation or another transform
-changed stays changed.
+Integers of split come at a secret scale per row, which hides nothing: a normed row divided by the public gain has a
+root mean square of 1. On masked words the same code runs as well, and gives noise. What a permutation or another
+transform changed stays changed.
 """
 
 from collections.abc import Sequence

@@ -5,12 +5,12 @@ import pytest
 
 from evaluation.attacks import embedding, invariants
 from evaluation.attacks.knowledge import Answers, Attack
+from evaluation.attacks.parts import part
 from evaluation.attacks.public_model import PublicModel
 from evaluation.attacks.view import Place, View
 from evaluation.leakage.prompts import Script
 from evaluation.transcript import Array, Transcript
 from tests.evaluation.attacks import scenes
-from wire.linears import Linear
 
 ATTACKS = pytest.mark.parametrize("attack", [embedding.attack, invariants.attack], ids=["embedding", "invariants"])
 
@@ -43,10 +43,12 @@ def test_nothing_to_read_is_said_so(attack: Attack, script: Script) -> None:
 
 def test_a_secret_permutation_of_heads_changes_no_answer(public: PublicModel, script: Script) -> None:
     """What kv-shield hides of V at layer 0: nothing, for who sorts."""
-    order, scales = np.random.default_rng(1).permutation(public.config.head_dim), public.scales(0, Linear.QKV)
+    order, clear = np.random.default_rng(1).permutation(public.config.head_dim), scenes.clear(public, script)
 
     def permuted(number: int, rows: dict[Place, Array]) -> dict[Place, Array]:
-        return {("v", 0): public.split(rows["qkv", 0] * scales)[2][..., order]}
+        v = part(clear, script.knowledge, "v", 0, [number])
+        assert v is not None
+        return {("v", 0): v[..., order]}
 
-    found = shares(invariants.attack, scenes.clear(public, script).changed(permuted), script)
+    found = shares(invariants.attack, clear.changed(permuted), script)
     assert found == {"sorted V, layer 0": 1.0}
