@@ -4,6 +4,7 @@
     GET  /v1/models, /v1/models/NAME                 the one model
     GET  /v1/attestation/report                      evidence, verdict, policy; always
     GET  /health, /ready, /metrics                   alive; verified; Prometheus
+    GET  /, /page/NAME                               the web page
 
 Every path below /v1/ but the report is 503, with the step that failed, while the trusted worker is not verified: the
 body of the request is not even read then. Nothing of a request or an answer is logged.
@@ -22,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from client.gateway import requests, streaming
+from client.gateway import requests, static, streaming
 from client.gateway.errors import INVALID, ApiError, api_error
 from client.gateway.generation import End, Events, Generations, Model
 from client.gateway.link import Link
@@ -59,6 +60,7 @@ class Gateway:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
+            *static.routes(),
         ]
         told = dict.fromkeys((ApiError, CleaveError, Exception), _error)
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_route, **told})
@@ -121,7 +123,8 @@ class Gateway:
         return card | {"max_model_len": self.model.context}
 
     async def _report(self, _: Request) -> Response:
-        return JSONResponse(report(self.link))
+        base = self.model.base
+        return JSONResponse(report(self.link) | {"scheme": base.scheme, "precision": base.precision})
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
