@@ -104,7 +104,8 @@ class Exposure:
         rows = recording.last_rows(folder, _layer_zero(base.precision), ROWS)
         if rows is None:
             return None, None
-        token_ids = self._trail.last(min(ROWS, len(rows)), self._model)
+        token_ids = self._trail.last(len(rows), self._model)
+        rows = rows[-len(token_ids) :]  # all, where there are no tokens
         sent = self._layer_zero.sent(token_ids) if token_ids else rows[:0]
         nearest = self._layer_zero.nearest(np.concatenate([rows, sent]))
         recorded, computed = nearest[: len(rows)], nearest[len(rows) :]

@@ -20,7 +20,6 @@ from wire.v1 import gpu_worker_pb2 as pb
 SEGMENTS = 2  # the newest ones: a segment that has just begun holds little
 TAIL_BYTES = 1 << 20  # of an index
 TENSOR_BYTES = 4 << 20
-FIRST_BYTES = 64
 _SIZES = {"int8": 1, "float16": 2, "int32": 4, "float32": 4}
 
 Array = npt.NDArray[Any]
@@ -99,8 +98,9 @@ def _lines(folder: Path) -> Iterator[tuple[bytes, Path]]:
     except OSError:
         return
     for index in reversed(segments):
+        data = index.with_suffix(".bin")
         for line in reversed(_tail(index)):
-            yield line, index.with_suffix(".bin")
+            yield line, data
 
 
 def _tail(index: Path) -> list[bytes]:
@@ -124,7 +124,7 @@ def _sent(line: bytes, data: Path) -> Sent | None:
         fields = json.loads(line)
         if fields["kind"] != "call" or "refused" in fields:
             return None
-        operation = pb.Operation.FromString(base64.b64decode(fields["operation"]))
+        operation = pb.Operation.FromString(base64.b64decode(fields["operation"], validate=True))
         down = fields.get("down")
         return Sent(operation, _place(fields["up"], data), _place(down, data).size if down else 0)
     except (ValueError, KeyError, TypeError, RecursionError, DecodeError):

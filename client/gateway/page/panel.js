@@ -5,6 +5,8 @@ import { histogram } from "./histogram.js";
 
 const SOONEST_MS = 1000; // between two looks while an answer streams
 const RESTS = 10; // times as long as a look took: it costs the gateway work
+const NOTHING = "Nothing yet. Ask something: the numbers that the GPU worker gets appear here, beside those that it would get without masks.";
+const READ = "Read with the public model, token by token";
 
 const note = document.getElementById("panel-note");
 const body = document.getElementById("panel-body");
@@ -43,13 +45,16 @@ function show(exposure) {
   const { recorded, computed } = exposure;
   body.hidden = recorded === null;
   if (recorded === null) {
-    note.textContent = exposure.why ?? "Nothing yet: ask something.";
+    note.textContent = exposure.why ?? NOTHING;
     return;
   }
   const rows = recorded.rows === 1 ? "The last token's row" : `The last ${recorded.rows} tokens' rows`;
   note.textContent = `${rows} as they entered layer 0: ${recorded.words.toLocaleString("en")} words of 32 bits.`;
-  document.getElementById("recorded-title").textContent = `${exposure.scheme}: what was sent`;
-  view(document.getElementById("recorded"), recorded);
+  const masked = exposure.scheme === "secure-infer";
+  const first = document.getElementById("recorded");
+  first.querySelector("h3").textContent = `${exposure.scheme}: what was sent`;
+  first.querySelector(".says").textContent = masked ? `${READ}: nonsense, and other nonsense next time.` : `${READ}:`;
+  view(first, recorded);
   const other = document.getElementById("computed");
   other.hidden = computed === null;
   if (computed) view(other, computed);
