@@ -27,8 +27,8 @@ from wire.linears import Linear
 from wire.v1 import gpu_worker_pb2 as pb
 
 ROWS = 32  # of the comparison
-WORDS = 40  # of its rows, and
-FIRST_WORDS = 6  # of each exchange, that are told one by one
+WORDS = 24  # of its last row, and
+FIRST_WORDS = 3  # of each exchange, that are told one by one
 EXCHANGES = 8
 NO_RECORDING = (
     "There is no recording of what the GPU worker sees. `make gateway` makes one, or `cleave gateway --record` with a "

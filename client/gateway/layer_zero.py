@@ -22,7 +22,7 @@ from wire.parameters import Kind, Name, Parameter, parameters, read, tiles
 from wire.quantize import quantize_rows
 
 F32 = npt.NDArray[np.float32]
-TILE_ROWS = 4096
+TILE_ROWS = 1024
 X_LIMIT, Y_LIMIT = 1 << 24, 1 << 30  # of |x_q|, of a product
 _MARGIN = 1 - 1e-6  # of rounding
 

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 
 const PERIOD_MS = 10000;
+const SOON_MS = 1500; // while nothing is verified
 
 const badge = document.getElementById("badge");
 const dialog = document.getElementById("verdict");
@@ -16,25 +17,33 @@ const WORDS = {
 
 let report = null;
 let fetched = 0;
+let timer = 0;
 
 /** Keep the badge true. `onReport` gets every report. */
 export function watch(onReport) {
   const look = async () => {
-    if (document.hidden && report) return;
-    try {
-      report = await get("v1/attestation/report");
+    clearTimeout(timer);
+    if (!document.hidden || !report) {
+      report = await fetchReport();
       fetched = performance.now();
-    } catch {
-      report = { verdict: "none", message: "the gateway does not answer: is it running?", steps: [] };
+      show();
+      onReport(report);
     }
-    show();
-    onReport(report);
+    clearTimeout(timer);
+    timer = setTimeout(look, report.ready ? PERIOD_MS : SOON_MS);
   };
   badge.addEventListener("click", open);
-  setInterval(look, PERIOD_MS);
   setInterval(() => report && showDetails(), 1000);
   document.addEventListener("visibilitychange", look);
   return look();
+}
+
+async function fetchReport() {
+  try {
+    return await get("v1/attestation/report");
+  } catch {
+    return { verdict: "none", ready: false, message: "The gateway does not answer: is it still running?", steps: [] };
+  }
 }
 
 function state() {

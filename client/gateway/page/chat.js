@@ -110,7 +110,7 @@ class Progress {
     if (this.cleave?.products_verified) facts.push(`${this.cleave.products_verified.toLocaleString("en")} products verified`);
     if (stopped) facts.push("stopped");
     if (this.reason === "length") facts.push("the context is full");
-    const words = failure ? `${failure.message || "the gateway does not answer"}` : facts.filter(Boolean).join(" · ");
+    const words = failure ? why(failure) : facts.filter(Boolean).join(" · ");
     const note = this.element.querySelector(".note");
     note.classList.toggle("failed", failure !== null);
     if (failure) note.setAttribute("role", "alert");
@@ -118,6 +118,11 @@ class Progress {
     spoken.textContent = failure ? "" : stopped ? "Stopped." : "The answer is complete.";
     rate.textContent = "";
   }
+}
+
+/** What the gateway said, or that it said nothing: browsers throw TypeError then. */
+function why(failure) {
+  return failure instanceof TypeError ? "The gateway does not answer: is it still running?" : failure.message;
 }
 
 function turn(kind, who, text) {

@@ -34,8 +34,11 @@ function fit() {
 async function onReport(report) {
   send.disabled = !report.ready;
   if (!report.ready || chat.model) return;
-  const { data } = await get("v1/models");
-  chat.model = data[0].id;
+  try {
+    chat.model = (await get("v1/models")).data[0].id;
+  } catch {
+    return; // lost again meanwhile: the next report tells
+  }
   document.getElementById("model").textContent = chat.model;
 }
 

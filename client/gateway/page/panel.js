@@ -64,7 +64,7 @@ function show(exposure) {
 function view(article, words) {
   article.querySelector(".histogram").replaceChildren(histogram(words.top_bytes));
   article.querySelector(".words").textContent = words.first.join(" ");
-  article.querySelector(".reading").textContent = words.reading.join("");
+  article.querySelector(".reading").textContent = words.reading.join("").trim();
 }
 
 function line(exchange) {

@@ -39,13 +39,13 @@ def token(token_id: int) -> Token:
     return Token(token_id, 0.0, ())
 
 
-def read(folder: Path, *reasons: str, base: Request = BASE) -> dict[str, Any]:
-    """What is shown after an answer of the tokens ANSWER."""
+def read(folder: Path, answer: list[int], reason: str = "eos", base: Request = BASE) -> dict[str, Any]:
+    """What is shown after an answer, if there was one."""
     shown = Exposure(dataclasses.replace(MODEL, base=base), folder)
-    for reason in reasons:
+    if answer:
         trail = shown.begin(order())
-        trail.add(Piece("x", (token(ANSWER[0]),)))
-        trail.add(end(reason, *ANSWER[1:]))
+        trail.add(Piece("x", (token(answer[0]),)))
+        trail.add(end(reason, *answer[1:]))
     return shown.read()
 
 
@@ -57,18 +57,27 @@ def segments(running: Running) -> list[Path]:
     return sorted(Path(folder).glob("*.bin"))
 
 
-@pytest.mark.parametrize(("reason", "fed"), [("eos", ANSWER), ("length", ANSWER[:-1])])
-def test_the_last_rows_stand_beside_those_of_split(tmp_path: Path, reason: str, fed: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("answer", "reason", "fed", "rows"),
+    [
+        (ANSWER, "eos", ANSWER, 14),
+        (ANSWER, "length", ANSWER[:-1], 13),
+        (ANSWER * 9, "eos", ANSWER * 9, exposure.ROWS),
+    ],
+)
+def test_the_last_rows_stand_beside_those_of_split(
+    tmp_path: Path, answer: list[int], reason: str, fed: list[int], rows: int
+) -> None:
     writer, words = Writer(tmp_path), np.random.default_rng(5).integers(-(1 << 31), 1 << 31, (40, 256), np.int64)
     for row in words.astype(np.int32):
         writer.call(QKV, row[None])
     writer.call(HEAD, words[:1].astype(np.int32), np.zeros((1, 2048), np.int32))
-    shown = read(tmp_path, reason)
+    shown = read(tmp_path, answer, reason)
     recorded, computed = shown["recorded"], shown["computed"]
     ids = [*MODEL.tokenizer.chat(asked(LONG)), *fed][-exposure.ROWS :]
-    assert recorded["rows"] == exposure.ROWS
+    assert recorded["rows"] == computed["rows"] == len(ids) == rows
     assert recorded["first"] == [f"{word & 0xFFFFFFFF:08x}" for word in words[-1, : exposure.WORDS].tolist()]
-    assert recorded["top_bytes"] == np.bincount((words[-32:] >> 24 & 255).ravel(), minlength=256).tolist()
+    assert recorded["top_bytes"] == np.bincount((words[-rows:] >> 24 & 255).ravel(), minlength=256).tolist()
     assert computed["reading"] == [MODEL.tokenizer.spelling(one) for one in ids]
     assert sum(computed["top_bytes"]) == 256 * len(ids) == computed["top_bytes"][0] + computed["top_bytes"][255]
     right = LayerZero(DEMO_MODEL, "int8").sent(ids)[-1, : exposure.WORDS].tolist()
@@ -79,9 +88,9 @@ def test_the_last_rows_stand_beside_those_of_split(tmp_path: Path, reason: str, 
 
 
 def test_before_the_first_answer_there_is_nothing_to_compare(tmp_path: Path) -> None:
-    assert read(tmp_path / "none")["recorded"] is None
+    assert read(tmp_path / "none", [])["recorded"] is None
     Writer(tmp_path).call(QKV, np.ones((2, 256), np.int32))
-    shown = read(tmp_path)
+    shown = read(tmp_path, [])
     assert (shown["recorded"]["rows"], shown["computed"], shown["why"]) == (2, None, None)
 
 
@@ -101,7 +110,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         (dataclasses.replace(BASE, scheme="tee-only"), "no GPU worker"),
         (dataclasses.replace(BASE, model_folder=tmp_path), "not compared"),
     ):
-        shown = read(tmp_path, "eos", base=base)
+        shown = read(tmp_path, ANSWER, base=base)
         assert shown["recorded"] is None
         assert why in shown["why"]
         assert len(shown["exchanges"]) == 1
