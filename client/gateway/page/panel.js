@@ -36,7 +36,7 @@ export class Panel {
     } catch (error) {
       this.absent = error instanceof ApiError && error.status === 404;
       body.hidden = true;
-      note.textContent = this.absent ? error.message : "The gateway does not answer.";
+      say(this.absent ? error.message : "The gateway does not answer: is it still running?");
     }
   }
 }
@@ -45,11 +45,11 @@ function show(exposure) {
   const { recorded, computed } = exposure;
   body.hidden = recorded === null;
   if (recorded === null) {
-    note.textContent = exposure.why ?? NOTHING;
+    say(exposure.why ?? NOTHING);
     return;
   }
   const rows = recorded.rows === 1 ? "The last token's row" : `The last ${recorded.rows} tokens' rows`;
-  note.textContent = `${rows} as they entered layer 0: ${recorded.words.toLocaleString("en")} words of 32 bits.`;
+  say(`${rows} as they entered layer 0: ${recorded.words.toLocaleString("en")} words of 32 bits.`);
   const masked = exposure.scheme === "secure-infer";
   const first = document.getElementById("recorded");
   first.querySelector("h3").textContent = `${exposure.scheme}: what was sent`;
@@ -59,6 +59,11 @@ function show(exposure) {
   other.hidden = computed === null;
   if (computed) view(other, computed);
   document.getElementById("exchanges").replaceChildren(...exposure.exchanges.map(line));
+}
+
+/** Only what is new: it is read out. */
+function say(text) {
+  if (note.textContent !== text) note.textContent = text;
 }
 
 function view(article, words) {

@@ -49,12 +49,18 @@ def read(folder: Path, answer: list[int], reason: str = "eos", base: Request = B
     return shown.read()
 
 
-def segments(running: Running) -> list[Path]:
-    """The tensors that the GPU worker of a gateway's own cluster has recorded."""
+def recorder(running: Running) -> list[str]:
+    """The command line of the GPU worker of a gateway's own cluster."""
     pids = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
     words = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0") for pid in pids]
-    (folder,) = [line[line.index("--record") + 1] for line in words if "--record" in line]
-    return sorted(Path(folder).glob("*.bin"))
+    (found,) = [line for line in words if "--record" in line]
+    return found
+
+
+def segments(running: Running) -> list[Path]:
+    """The tensors that it has recorded."""
+    words = recorder(running)
+    return sorted(Path(words[words.index("--record") + 1]).glob("*.bin"))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +135,7 @@ def test_under_split_what_was_recorded_is_what_is_computed(tmp_path: Path) -> No
         assert shown["computed"]["rows"] == 6 + len(MODEL.tokenizer.chat(asked(LONG)))
         (folder,) = {path.parent for path in segments(running)}
         assert folder.stat().st_mode & 0o777 == 0o700
+        assert "--record-keep" in recorder(running)  # it does not fill the disk
         running.end()
         assert not folder.exists()
 
