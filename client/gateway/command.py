@@ -134,6 +134,7 @@ def _greet(door: Door, base: Request, simulated: bool) -> None:
         '.choices[0].message.content)"',
         flush=True,
     )
+    print(f"or open {url.removesuffix('v1')} in a browser", flush=True)
     if simulated:
         note(red(NO_TEE))
 
