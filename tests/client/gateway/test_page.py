@@ -49,6 +49,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with gateway(tmp_path_factory.mktemp("recorded"), "--record", "--pad-bank", "16MiB") as one:
         until(one.ready)
         yield one
+        one.end()
 
 
 @pytest.fixture(scope="module")
