@@ -1,6 +1,6 @@
 # Everything works from a clean clone with Python 3.11+ and pip.
 #   make chat    a private chat on the demo model        make test    every test
-#   make gateway an OpenAI API on this machine, for any client
+#   make gateway an OpenAI API on this machine, for any client, and a web page
 # On a machine whose package index has CUDA builds of torch under the same version, name an index with CPU builds:
 #   make install TORCH_INDEX=URL
 
@@ -28,7 +28,7 @@ chat: install
 	@$(BIN)/cleave chat $(ARGS)
 
 gateway: install
-	@$(BIN)/cleave gateway $(ARGS)
+	@$(BIN)/cleave gateway --record $(ARGS)
 
 bench: install
 	@$(BIN)/cleave-bench $(ARGS)

@@ -52,6 +52,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         _check_cluster({"chat": chat, "up": up, "gateway": gateway}[options.command], options)
     if options.command == "gateway" and bool(options.connect) != bool(options.policy):
         gateway.error("--connect and --policy go together; without them a cluster is started, with a policy of its own")
+    if options.command == "gateway" and options.connect and options.record:
+        gateway.error("--record needs a cluster of its own: with --connect the GPU worker is somebody else's")
     if options.command == "chat":
         _check_chat(chat, options)
     if options.command == "attest":
@@ -91,6 +93,11 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=number(1, 86400), default=120.0, metavar="SECONDS", help="longest wait for a token")
     add = parser.add_argument_group("HTTP").add_argument
     add("--listen", dest="http", default=DEFAULT_HTTP, metavar="HOST:PORT", help="default: %(default)s; port 0: any")
+    add(
+        "--record",
+        action="store_true",
+        help="the web page shows what the GPU worker sees: at most 192 MiB in a private temporary folder",
+    )
     add("--insecure-listen", action="store_true", help="listen where other machines read prompts on their way")
     add("--api-key-file", type=Path, metavar="FILE", help="clients must send the key in it as a bearer token")
 

@@ -27,7 +27,7 @@ from client.turn import Pacing
 from deploy.local.child import Progress
 from deploy.local.cluster import Cluster, Settings
 from evaluation import eavesdrop, student
-from evaluation.transcript import Exchange, Recorder
+from evaluation.transcript import Exchange, Transcript
 from wire.model_config import ModelConfig
 
 ADAPTER = "captain"
@@ -92,21 +92,16 @@ def record(
 ) -> list[Exchange]:
     """What the GPU worker sees of one conversation after the other, each with the adapter. Raises CleaveError."""
     with tempfile.TemporaryDirectory(prefix="cleave-") as private:
-        near, far = f"unix:{private}/near", f"unix:{private}/far"
-        more = ("--adapter-memory", "8MiB", "--gpu-worker", near, "--prefill", "worker")
-        settings = Settings(folder, scheme, PRECISION, pad_bank=PAD_BANK, device="cpu", gpu_listen=far, more=more)
-        with (
-            Recorder(near, far) as recorder,
-            Cluster(settings, progress) as cluster,
-            connect(cluster.target, Policy()) as worker,
-        ):
+        kept, more = Path(private), ("--adapter-memory", "8MiB", "--prefill", "worker")
+        settings = Settings(folder, scheme, PRECISION, pad_bank=PAD_BANK, device="cpu", record=kept, more=more)
+        with Cluster(settings, progress) as cluster, connect(cluster.target, Policy()) as worker:
             request = Request(folder.name, scheme, PRECISION, max_context=MOST_CONTEXT, adapter=worker.upload(adapter))
             for done, prompt in enumerate(prompts):
                 progress(f"recording {scheme}, conversation {done + 1} of {len(prompts)}", 0)
                 if scheme == "secure-infer":
                     worker.await_pads(PADS, PAD_SECONDS, progress)
                 _converse(worker, request, prompt)
-            return recorder.exchanges
+        return Transcript.read(kept).exchanges
 
 
 def questions(folder: Path, count: int) -> list[list[int]]:

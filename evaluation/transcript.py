@@ -1,21 +1,21 @@
-"""What the GPU worker sees: every exchange, recorded on its way between the two workers.
+"""What the GPU worker saw: a recording (`cleave-gpu-worker --record DIR`) as objects. Nothing else of it is known."""
 
-The recorder stands where the GPU worker is expected, speaks its protocol and passes everything on as it is. It keeps
-what a curious GPU worker could keep, and knows nothing else.
-"""
-
-from collections import deque
+import base64
+import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, TypeVar
 
-import grpc
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
-from wire import channel, codec
+from wire.errors import PreconditionError
 from wire.v1 import gpu_worker_pb2 as pb
-from wire.v1 import gpu_worker_pb2_grpc
+
+Array = npt.NDArray[Any]
+DTYPES = ("int8", "int32", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -23,81 +23,92 @@ class Exchange:
     """One call: what was asked, the tensor that went up to the GPU worker, the tensor that came back."""
 
     operation: pb.Operation
-    up: codec.Array
-    down: codec.Array
+    up: Array
+    down: Array
+    us: int = 0  # when, since the worker started
+    stream: int = 0
 
 
-class Recorder(gpu_worker_pb2_grpc.GpuWorkerServiceServicer):
-    """Listens at `listen` while its `with` block lasts, and forwards to `target`. `exchanges` holds what passed."""
+@dataclass(frozen=True)
+class Held:
+    """A tensor of a pass: residual, qk (q beside k, before norm and RoPE), v, attention; [rows, ...]."""
 
-    def __init__(self, listen: str, target: str) -> None:
-        self.exchanges: list[Exchange] = []
-        self._channel = grpc.insecure_channel(target, options=channel.client_options())
-        self._stub = gpu_worker_pb2_grpc.GpuWorkerServiceStub(self._channel)
-        self._server = grpc.server(ThreadPoolExecutor(4), options=channel.server_options())
-        gpu_worker_pb2_grpc.add_GpuWorkerServiceServicer_to_server(self, self._server)
-        self._server.add_insecure_port(listen)
-
-    def __enter__(self) -> Self:
-        self._server.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop(0).wait()
-        self._channel.close()
-
-    def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:  # noqa: N802
-        """Forwarded. The GPU worker may still be starting."""
-        return self._stub.Describe(request, wait_for_ready=True)
-
-    def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:  # noqa: N802
-        """Forwarded."""
-        return self._stub.Load(request)
-
-    def Attach(self, request: pb.AttachRequest, context: Any) -> Any:  # noqa: N802
-        """Refused: what passes on a stream socket would not be recorded."""
-        context.abort(grpc.StatusCode.PERMISSION_DENIED, "there is no stream socket here")
-
-    def Execute(  # noqa: N802
-        self, requests: Iterator[pb.ExecuteRequest], context: Any
-    ) -> Iterator[pb.ExecuteResponse]:
-        """Forwarded and recorded. Answers come in the order of the calls."""
-        asked: deque[tuple[pb.Operation, codec.Array]] = deque()
-        answers = _Tensors()
-        for response in self._stub.Execute(_noting(requests, asked)):
-            down = answers.add(response)
-            if down is not None:
-                operation, up = asked.popleft()
-                self.exchanges.append(Exchange(operation, up, down))
-            yield response
+    name: str
+    layer: int
+    tensor: Array
 
 
-class _Tensors:
-    """Puts the tensors of one direction together."""
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of a sequence, [layers, kv_heads, tokens, head_dim]; `event` is drop (just before) or wipe."""
 
-    def __init__(self) -> None:
-        self._assembler: codec.Assembler | None = None
+    event: str
+    keys: Array
+    values: Array
 
-    def add(self, frame: pb.ExecuteRequest | pb.ExecuteResponse) -> codec.Array | None:
-        """The next frame; the tensor when this was its last one."""
-        self._assembler = self._assembler or codec.Assembler(frame.header)
-        self._assembler.add(frame.data)
-        if not self._assembler.done:
+
+Event = Exchange | Held | Cache
+T = TypeVar("T", Exchange, Held, Cache)
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Everything, in its order."""
+
+    events: tuple[Event, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Transcript":
+        """Raises PreconditionError for a folder that holds no recording, or a damaged one."""
+        segments = sorted(folder.glob("[0-9]*.jsonl"))
+        if not segments:
+            raise PreconditionError(f"{folder} holds no recording: a GPU worker writes one with --record")
+        try:
+            return cls(tuple(event for index in segments for event in _segment(index)))
+        except (OSError, ValueError, TypeError, KeyError, DecodeError) as error:
+            raise PreconditionError(f"the recording in {folder} is damaged: record again") from error
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The calls that were answered with a tensor or with nothing."""
+        return self.of(Exchange)
+
+    def of(self, kind: type[T]) -> list[T]:
+        """The events of one kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def _segment(index: Path) -> Iterator[Event]:
+    data = index.with_suffix(".bin")
+    content = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.zeros(0, np.uint8)
+    for line in index.read_text("ascii").splitlines():
+        fields = json.loads(line)
+        event = _event(fields, content)
+        if event is not None:
+            yield event
+
+
+def _event(fields: dict[str, Any], content: Array) -> Event | None:
+    """None for what is no event: starts, loads, refused calls."""
+    match fields["kind"]:
+        case "call" if "refused" not in fields:
+            operation = pb.Operation.FromString(base64.b64decode(fields["operation"]))
+            up, down = (_tensor(fields[way], content) if way in fields else _NOTHING for way in ("up", "down"))
+            return Exchange(operation, up, down, fields["us"], fields["stream"])
+        case "held":
+            return Held(fields["name"], fields["layer"], _tensor(fields["tensor"], content))
+        case "cache":
+            return Cache(fields["event"], _tensor(fields["keys"], content), _tensor(fields["values"], content))
+        case _:
             return None
-        array, self._assembler = self._assembler.array(), None
-        return array
 
 
-def _noting(
-    requests: Iterator[pb.ExecuteRequest], asked: deque[tuple[pb.Operation, codec.Array]]
-) -> Iterator[pb.ExecuteRequest]:
-    """Pass requests on; every complete call joins `asked` before its last frame leaves."""
-    tensors, operation = _Tensors(), pb.Operation()
-    with suppress(grpc.RpcError):  # the trusted worker ended the stream
-        for request in requests:
-            if request.HasField("operation"):
-                operation = request.operation
-            up = tensors.add(request)
-            if up is not None:
-                asked.append((operation, up))
-            yield request
+_NOTHING: Array = np.zeros((0, 0), np.int32)
+
+
+def _tensor(place: dict[str, Any], content: Array) -> Array:
+    """Raises ValueError or TypeError for a dtype that no worker sends and for bytes that are not there."""
+    if place["dtype"] not in DTYPES:
+        raise ValueError(place["dtype"])
+    dtype, shape = np.dtype(place["dtype"]), tuple(place["shape"])
+    return np.ndarray(shape, dtype, content, place["at"])  # mapped, not read

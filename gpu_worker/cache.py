@@ -4,7 +4,7 @@ A sequence's memory is taken when it is reserved, so a step never fails for want
 comes here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -15,6 +15,8 @@ from wire.kv_pages import PAGE_TOKENS, KvType, page_words, token_bytes
 from wire.model_config import ModelConfig
 
 MAX_CACHE_BYTES = 4 << 30  # all sequences of all streams
+
+Witness = Callable[[int, str, torch.Tensor, torch.Tensor], None]  # told sequence, event, keys and values
 
 
 class Sequence:
@@ -85,6 +87,12 @@ class Sequence:
             raise InvalidArgumentError("a page of this sequence has another number of words")
         self._values.put_page(layer, page, self._keys.put_page(layer, page, words.view(torch.uint8)))
 
+    def content(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tokens that count, float32[layers, kv_heads, tokens, head_dim] each."""
+        layers, tokens = range(self.config.layers), self.length
+        keys = torch.stack([self._keys.read(layer, 0, tokens) for layer in layers])
+        return keys, torch.stack([self._values.read(layer, 0, tokens) for layer in layers])
+
     def wipe(self) -> None:
         """Zero the content; length and tables stay."""
         self._keys.wipe()
@@ -98,8 +106,9 @@ class Sequence:
 class CacheStore:
     """The sequences of one stream, by the numbers that the peer gave them."""
 
-    def __init__(self, allowance: Allowance) -> None:
-        self._allowance = allowance
+    def __init__(self, allowance: Allowance, witness: Witness | None = None) -> None:
+        """`witness` sees each cache before it is dropped, and after it is wiped."""
+        self._allowance, self._witness = allowance, witness
         self._sequences: dict[int, Sequence] = {}
 
     def reserve(self, number: int, config: ModelConfig, tokens: int, kind: KvType, device: str) -> None:
@@ -115,7 +124,13 @@ class CacheStore:
         """Raises InvalidArgumentError for an unknown sequence."""
         if number not in self._sequences:
             raise InvalidArgumentError("unknown sequence")
+        self._show(number, "drop")
         self._allowance.give(self._sequences.pop(number).size)
+
+    def wipe(self, number: int, config: ModelConfig) -> None:
+        """Zero what a sequence holds. Raises InvalidArgumentError for what `get` does not know."""
+        self.get(number, config).wipe()
+        self._show(number, "wipe")
 
     def clear(self) -> None:
         """Drop every sequence: the stream has ended."""
@@ -141,6 +156,10 @@ class CacheStore:
             if sequence.length + rows > sequence.capacity:
                 raise ContextError(f"{rows} rows do not fit: the sequence holds {sequence.capacity} tokens")
         return found
+
+    def _show(self, number: int, event: str) -> None:
+        if self._witness is not None:
+            self._witness(number, event, *self._sequences[number].content())
 
 
 def reserved_bytes(config: ModelConfig, tokens: int, kind: KvType) -> int:

@@ -206,4 +206,6 @@ def carry_out(worker: "Worker", call: "Call", stream: "Stream", timing: Histogra
         refused = error
     seconds = time.perf_counter() - start
     timing.observe(seconds)
+    if stream.recording is not None:
+        stream.recording.call(call, result, refused)
     return Outcome(result, refused, seconds)

@@ -29,6 +29,8 @@ class Settings:
     reflection: bool
     metrics: str | None
     log_format: str
+    record: Path | None
+    record_keep: int | None
     tls_certificate: Path | None
     tls_key: Path | None
     tls_authority: Path | None
@@ -74,6 +76,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     _add_flags(parser)
     tls.add_flags(parser)
     given = settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX)
+    if given["record_keep"] and not given["record"]:
+        parser.error("--record-keep needs --record")
     given["stream"] = given["stream"] or settings.stream_beside(given["listen"])
     return Settings(**given)
 
@@ -96,6 +100,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--reflection", action="store_true", help="answer gRPC reflection")
     add("--metrics", metavar="HOST:PORT", help="Prometheus endpoint, for this machine only (default: none)")
     add("--log-format", choices=logs.FORMATS, default="text", help="of stderr (default: text)")
+    add("--record", type=Path, metavar="DIR", help="write all that this worker receives, sends and holds there")
+    add("--record-keep", type=_count, metavar="N", help="of a recording, the last N times 64 MiB (default: all)")
     add("--insecure-plaintext", action="store_true", help="allow --listen beyond this machine without TLS")
     add("--parent", type=int, metavar="PID", help="end when this process, the parent, ends")
 

@@ -117,12 +117,14 @@ def _make_worker(settings: Settings, folders: dict[str, Path]) -> "Worker":
     except ImportError as error:
         raise PreconditionError(f"the package {error.name} is missing") from None
 
+    from gpu_worker.recording import Recording
     from gpu_worker.worker import Worker
 
     _take_loggers_in()
     torch.set_num_threads(settings.threads)
     numba.set_num_threads(min(settings.threads, numba.get_num_threads()))
-    return Worker(folders, settings.device, settings.ring_only)
+    recording = Recording(settings.record, settings.record_keep) if settings.record else None
+    return Worker(folders, settings.device, settings.ring_only, recording)
 
 
 def _take_loggers_in() -> None:

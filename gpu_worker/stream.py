@@ -11,10 +11,11 @@ import torch
 from gpu_worker.allowance import Allowance
 from gpu_worker.cache import CacheStore
 from gpu_worker.calls import Call
-from gpu_worker.chain import Pass, forward
+from gpu_worker.chain import Pass, forward, unnoted
 from gpu_worker.decoder import Decoder, Spans
 from gpu_worker.expected import parameter_of
 from gpu_worker.overlay import Overlay
+from gpu_worker.recording import StreamRecording
 from wire.errors import InvalidArgumentError, PreconditionError
 from wire.kv_pages import KvType
 from wire.linears import Linear
@@ -24,9 +25,17 @@ from wire.v1 import gpu_worker_pb2 as pb
 class Stream:
     """The state of one stream of calls. Tensors that it returns lie on the device."""
 
-    def __init__(self, device: str, cache_allowance: Allowance, overlay_allowance: Allowance) -> None:
+    def __init__(
+        self,
+        device: str,
+        cache_allowance: Allowance,
+        overlay_allowance: Allowance,
+        recording: StreamRecording | None = None,
+    ) -> None:
+        self.recording = recording
+        self._note = unnoted if recording is None else recording.held
         self._device = device
-        self._caches = CacheStore(cache_allowance)
+        self._caches = CacheStore(cache_allowance, None if recording is None else recording.cache)
         self._allowance = overlay_allowance
         self._overlay: Overlay | None = None
         self._pass: Pass | None = None
@@ -46,7 +55,7 @@ class Stream:
         """ids int32[m] -> logits float32[len(logit_rows), vocabulary]. Raises ContextError for a full sequence."""
         self._pass = None
         decoder, spans, ids = self._decoder(call), self._find(call, op.sequences), _ids(call, self._device)
-        return forward(decoder, spans, ids, op.logit_rows)
+        return forward(decoder, spans, ids, op.logit_rows, self._note)
 
     def chain(self, call: Call, op: pb.Chain) -> torch.Tensor:
         """See the proto. A chain that fails gives up its pass. Raises InvalidArgumentError for steps that are not next,
@@ -56,7 +65,7 @@ class Stream:
         chain = list(op.steps)
         if chain[0].HasField("embed"):
             sequences = chain.pop(0).embed.sequences
-            running = Pass(decoder, self._find(call, sequences), _ids(call, self._device))
+            running = Pass(decoder, self._find(call, sequences), _ids(call, self._device), self._note)
             self._passing = frozenset(s.sequence for s in sequences)
         if running is None or running.config is not call.model.config:
             raise InvalidArgumentError("no pass is under way: one begins with Embed")
@@ -94,7 +103,7 @@ class Stream:
             case "write":
                 self._caches.get(number, config).write_page(op.write.layer, op.write.page, self._given(call))
             case _:
-                self._caches.get(number, config).wipe()
+                self._caches.wipe(number, config)
         return None
 
     def _decoder(self, call: Call) -> Decoder:

@@ -20,6 +20,7 @@ from gpu_worker.cache import MAX_CACHE_BYTES
 from gpu_worker.calls import Call
 from gpu_worker.kernels import layers
 from gpu_worker.model import Model
+from gpu_worker.recording import Recording
 from gpu_worker.ring import Ring
 from gpu_worker.stream import Stream
 from wire.errors import DeniedError, InvalidArgumentError, PreconditionError
@@ -36,7 +37,9 @@ Result = npt.NDArray[np.float32] | npt.NDArray[np.int32] | None
 class Worker:
     """Loads models and carries out calls. Everything but reading is for the thread that is at work (compute.py)."""
 
-    def __init__(self, folders: Mapping[str, Path], device: str, ring_only: bool) -> None:
+    def __init__(
+        self, folders: Mapping[str, Path], device: str, ring_only: bool, recording: Recording | None = None
+    ) -> None:
         """`device` is "auto", "cpu" or "cuda". Raises PreconditionError for "cuda" where there is none."""
         if device == "cuda" and not torch.cuda.is_available():
             raise PreconditionError("no CUDA device is available to this process: use --device cpu")
@@ -44,6 +47,7 @@ class Worker:
         self.model: Model | None = None
         self._folders = folders
         self._ring_only = ring_only
+        self._recording = recording
         self._cache_allowance = Allowance("a KV cache", MAX_CACHE_BYTES)
         self._overlay_allowance = Allowance("a provisioned parameter", 0)
         self._threads = numba.get_num_threads()  # of the thread that makes it; numba counts them for each
@@ -67,6 +71,8 @@ class Worker:
             raise DeniedError("this worker serves ring products only: load the model as int8")
         if self.model is not None and (self.model.config.name, self.model.precision) == (name, precision):
             return
+        if self._recording is not None:
+            self._recording.write("load", model=name, precision=precision)
         self.model = None
         start = time.monotonic()
         if self.device == "cpu":
@@ -81,7 +87,8 @@ class Worker:
 
     def open_stream(self) -> Stream:
         """The state of a new stream."""
-        return Stream(self.device, self._cache_allowance, self._overlay_allowance)
+        recording = None if self._recording is None else self._recording.stream()
+        return Stream(self.device, self._cache_allowance, self._overlay_allowance, recording)
 
     def is_brief(self, call: Call) -> bool:
         """Whether handing the call to another thread might take as long as carrying it out."""

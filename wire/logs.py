@@ -42,6 +42,7 @@ ALLOWED = frozenset(
         "step failed: %s",
         "streamed weights are used without comparing their digests",
         "the kernel refused: %s",
+        "the recording ends: %s",
         "what the worker may know could not be renewed: %s",
     }
 )

@@ -3,12 +3,15 @@
     POST /v1/chat/completions, /v1/completions       answers, whole or streamed
     GET  /v1/models, /v1/models/NAME                 the one model
     GET  /v1/attestation/report                      evidence, verdict, policy; always
+    GET  /v1/exposure                                what the GPU worker sees; always, where it is recorded
     GET  /health, /ready, /metrics                   alive; verified; Prometheus
+    GET  /, /page/NAME                               the web page
 
-Every path below /v1/ but the report is 503, with the step that failed, while the trusted worker is not verified: the
+Every path below /v1/ but these two is 503, with the step that failed, while the trusted worker is not verified: the
 body of the request is not even read then. Nothing of a request or an answer is logged.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -22,8 +25,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from client.gateway import requests, streaming
+from client.gateway import requests, static, streaming
 from client.gateway.errors import INVALID, ApiError, api_error
+from client.gateway.exposure import Exposure
 from client.gateway.generation import End, Events, Generations, Model
 from client.gateway.link import Link
 from client.gateway.metrics import Metrics
@@ -45,6 +49,7 @@ class Gateway:
     link: Link
     generations: Generations
     model: Model
+    exposure: Exposure
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -56,9 +61,11 @@ class Gateway:
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/v1/attestation/report", self._report),
+            Route("/v1/exposure", self._exposure),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
+            *static.routes(),
         ]
         told = dict.fromkeys((ApiError, CleaveError, Exception), _error)
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_route, **told})
@@ -89,10 +96,13 @@ class Gateway:
 
     async def _counted(self, order: requests.Order) -> Events:
         """The events of an answer, with its part in the metrics."""
-        started, open_ended = time.monotonic(), True
+        started, open_ended, trail = time.monotonic(), True, None
         try:
             async with aclosing(self.generations.events(order)) as events:
                 async for event in events:
+                    if event:
+                        trail = trail or self.exposure.begin(order)
+                        trail.add(event)
                     if isinstance(event, End):
                         self.metrics.ended(event, started)
                         open_ended = False
@@ -121,7 +131,11 @@ class Gateway:
         return card | {"max_model_len": self.model.context}
 
     async def _report(self, _: Request) -> Response:
-        return JSONResponse(report(self.link))
+        base = self.model.base
+        return JSONResponse(report(self.link) | {"scheme": base.scheme, "precision": base.precision})
+
+    async def _exposure(self, _: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(self.exposure.read))
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import socket
 import sys
+import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
 
 from client.gateway.app import Gateway
+from client.gateway.exposure import Exposure
 from client.gateway.generation import Generations, Model
 from client.gateway.guard import Guard
 from client.gateway.link import Link
@@ -29,6 +31,7 @@ from wire.channel import is_local
 from wire.errors import DeniedError, InvalidArgumentError, UnavailableError
 from wire.model_config import ModelConfig
 
+RECORDED_SEGMENTS = 2  # of 64 MiB
 STOP_SECONDS = 2  # for answers under way, when the gateway ends
 MAX_KEY_BYTES = 4096
 
@@ -41,13 +44,15 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(options.http, options.insecure_listen))
         cluster, target, policy = None, options.connect, options.policy
+        record = _record(stack) if options.record else None
         if target is None:
             progress = Progress(sys.stderr, rewrite=False)
-            cluster = stack.enter_context(Cluster(settings(options), progress, log=sys.stderr))
+            workers = replace(settings(options), record=record, record_keep=RECORDED_SEGMENTS)
+            cluster = stack.enter_context(Cluster(workers, progress, log=sys.stderr))
             target, policy = cluster.target, cluster.policy
         door = Door(listener, key, options.insecure_listen)
         logs.setup("gateway", "text")
-        asyncio.run(_serve(door, target, policy, model, cluster))
+        asyncio.run(_serve(door, target, policy, model, Exposure(model, record), cluster))
         if cluster:
             cluster.check()  # a worker that died ended this, and explains itself
     return 0
@@ -62,11 +67,18 @@ class Door:
     any_host: bool
 
 
-async def _serve(door: Door, target: str, policy: Path, model: Model, cluster: Cluster | None) -> None:
+def _record(stack: contextlib.ExitStack) -> Path:
+    """A folder for what the GPU worker sees, which goes when the gateway ends."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleave-seen-")))  # mode 0700
+
+
+async def _serve(
+    door: Door, target: str, policy: Path, model: Model, exposure: Exposure, cluster: Cluster | None
+) -> None:
     """Until a signal, or the end of a worker of `cluster`."""
     link = Link(target, policy, note)
     generations = Generations(link, model)
-    app = Guard(Gateway(link, generations, model).app(), door.key, door.any_host)
+    app = Guard(Gateway(link, generations, model, exposure).app(), door.key, door.any_host)
     server = uvicorn.Server(_config(app))
     if cluster:
         _stop_with(cluster, server)
@@ -121,6 +133,7 @@ def _greet(door: Door, base: Request) -> None:
         '.choices[0].message.content)"',
         flush=True,
     )
+    print(f"or open {url.removesuffix('v1')} in a browser", flush=True)
 
 
 def _listen(address: str, insecure: bool) -> socket.socket:

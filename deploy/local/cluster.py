@@ -39,6 +39,8 @@ class Settings:
     insecure_plaintext: bool = False  # `listen` may be reachable from other machines
     simulated: bool = False  # evidence comes from a simulated TEE; else there is none
     policy_file: Path | None = None  # where the policy for it is written; None: into the private folder
+    record: Path | None = None  # where the GPU worker writes all that it sees
+    record_keep: int | None = None  # of that the last segments only; None: all
     more: tuple[str, ...] = ()  # further words of the trusted worker's command line
 
     @property
@@ -155,6 +157,8 @@ class Cluster:
     def _gpu_worker(self, listen: str) -> list[str]:
         settings = self._settings
         argv = ["-m", "gpu_worker", "--listen", listen, "--model", str(settings.model.resolve())]
+        argv += ["--record", str(settings.record)] if settings.record else []
+        argv += ["--record-keep", str(settings.record_keep)] if settings.record and settings.record_keep else []
         return [*argv, "--device", settings.device, "--ops", settings.ops]
 
     def _trusted_worker(self, listen: str, offload: str) -> list[str]:

@@ -39,7 +39,7 @@ def test_the_greeting_has_lines_that_work(running: Running) -> None:
     ("method", "path", "status"),
     [
         ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("GET", "/v1/embeddings", 404),
-        ("GET", "/", 404), ("GET", "/docs", 404), ("POST", "/v1/responses", 404),
+        ("GET", "/page/none.js", 404), ("GET", "/docs", 404), ("POST", "/v1/responses", 404),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_an_error_object(running: Running, method: str, path: str, status: int) -> None:

@@ -1,0 +1,73 @@
+"""Invariant matching at layer 0: what a secret transform leaves as it is, compared with every token's.
+
+Source: the orbit view of permuted inference ("Hidden No More", arXiv 2505.18332, and its relatives). Needs: public
+weights. For each group of transforms its canonical form:
+
+(1) permutations of a head's dims, one and the same for all rows: the sorted values of each head of V;
+(2) those of the whole input: its sorted values, per row, at an unknown scale;
+(3) rotations of the input: its norm, where rows are not rescaled, and inner products with rows of known tokens;
+(4) rotations within RoPE pairs, of K: the energy of each pair.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.attacks.embedding import unit
+from evaluation.attacks.knowledge import Answers, Finding, Knowledge
+from evaluation.attacks.parts import part, victims
+from evaluation.attacks.view import View
+
+F32 = npt.NDArray[np.float32]
+
+
+def attack(view: View, known: Knowledge) -> list[Finding]:
+    """The token whose form is nearest, for each form."""
+    first, found = known.model.first, []
+    forms = (
+        ("v", "sorted V, layer 0", first.v[:, 0], sorted_heads),
+        ("input", "sorted input, layer 0", first.input[:, 0], sorted_values),
+        ("k", "pair energies of K, layer 0", first.k[:, 0], lambda k: pair_energies(k, known)),
+    )
+    for what, target, table, form in forms:
+        rows = victims(view, known, what, 0)
+        if rows is not None:
+            said = nearest(form(rows), form(table))
+            found.append(Answers(target, "tokens", said, len(table)))
+    return [*found, *_gram(view, known)]
+
+
+def sorted_heads(x: F32) -> F32:
+    """(1) [rows, K, d] -> [rows, K.d], each head sorted, all of one row at one scale."""
+    return unit(np.sort(x, axis=-1).reshape(len(x), -1))
+
+
+def sorted_values(x: F32) -> F32:
+    """(2) [rows, width] -> the same, sorted."""
+    return unit(np.sort(x, axis=-1))
+
+
+def pair_energies(k: F32, known: Knowledge) -> F32:
+    """(4) [rows, K, d] -> [rows, K.d/2]."""
+    rope = known.model.config.rope
+    near, far = (
+        (slice(0, None, 2), slice(1, None, 2)) if rope and rope.interleaved else np.split(np.arange(k.shape[-1]), 2)
+    )
+    return unit(np.sqrt(k[..., near] ** 2 + k[..., far] ** 2).reshape(len(k), -1))
+
+
+def nearest(rows: F32, table: F32) -> npt.NDArray[np.int64]:
+    """For each row of length 1 the nearest of the table's."""
+    said: npt.NDArray[np.int64] = (rows @ table.T).argmax(axis=1)
+    return said
+
+
+def _gram(view: View, known: Knowledge) -> list[Finding]:
+    """(3) A row's products with rows of known tokens, and their directions: where they agree for one token only."""
+    rows, numbers = victims(view, known, "input", 0), list(known.known)
+    anchors = part(view, known, "input", 0, numbers)
+    if rows is None or anchors is None:
+        return []
+    table = unit(known.model.first.input[:, 0])
+    plain = table[np.concatenate([known.known[number] for number in numbers])]
+    said = nearest(unit(unit(rows) @ unit(anchors).T), unit(table @ plain.T))
+    return [Answers("inner products with known rows, layer 0", "tokens", said, len(table))]
