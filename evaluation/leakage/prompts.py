@@ -33,7 +33,7 @@ class Sizes:
 
 
 QUICK = Sizes(48, 24, 24, 24, known_tokens=8, victim_tokens=16, repeated_tokens=160, metered=32)
-FULL = Sizes(24, 12, 16, 16, known_tokens=8, victim_tokens=16, repeated_tokens=160, metered=16)
+FULL = Sizes(16, 8, 8, 8, known_tokens=8, victim_tokens=16, repeated_tokens=160, metered=8)
 KINDS = ((2, 9), (4, 8)), ((7, 17), (1, 5))  # least and most tokens of prompt and answer: a chat; a text to sum up
 
 

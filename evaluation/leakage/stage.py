@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.attestation.policy import Policy
+from client.costs import Case, cost
 from client.session import Request, TrustedWorker, connect
 from client.turn import Pacing
 from deploy.local.child import Progress
 from deploy.local.cluster import Cluster, Settings
 from evaluation.leakage.prompts import Script
+from evaluation.sizing import LEAST_BYTES
 
 PAD_SECONDS = 60.0
 ANSWERS = "answers.json"
@@ -41,7 +43,7 @@ def record(staged: Staged, folder: Path, script: Script, into: Path, progress: P
         folder,
         staged.scheme,
         staged.precision,
-        pad_bank="256MiB" if staged.scheme == "secure-infer" else "64MiB",
+        pad_bank=str(_bank_bytes(staged, script)),
         device="cpu",
         record=into,
         more=staged.more,
@@ -64,6 +66,12 @@ def _say(worker: TrustedWorker, request: Request, prompt: list[int], answer: int
         return sum(1 for _ in session.turn(prompt, Pacing(credit=1, max_new_tokens=answer)))
     finally:
         session.close()
+
+
+def _bank_bytes(staged: Staged, script: Script) -> int:
+    """Twice the pads of the longest conversation: half a bank is what can be waited for."""
+    pads = cost(staged.scheme, Case(script.knowledge.model.config, staged.precision, 1)).pads
+    return max(2 * _most(script) * pads.sealed_bytes if pads else 0, LEAST_BYTES)
 
 
 def _most(script: Script) -> int:
