@@ -1,0 +1,140 @@
+"""Sequential vocabulary matching: try each word at the next place of the text, keep the one that explains what is seen.
+
+Source: "Hidden No More" (arXiv 2505.18332), for any observable at any depth. Needs: public weights, and how the prompt
+begins. Layer 0 in the trusted worker does not stop it; attention scores alone, or probabilities alone, suffice.
+
+(1) Hidden states, sorted hidden states, sorted K, sorted V: the forms that permutations leave (predictions.py).
+(2) Scores q.k: a permutation of a head, or a rotation, common to q and k leaves them. Whoever sees q and k computes
+    them. Rows at unknown scales (ring products) get the scale that the text so far, and each candidate, would have.
+(3) Probabilities: those that are seen, or the softmax of (2).
+
+`attack` is teacher-forced: he is told each token after his answer, so an error does not spread. It is an upper bound of
+what he reads, and what a protected scheme is held to. `free_running` goes on from his own answers: where all of them
+are right, he has the exact prompts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.attacks.knowledge import Answers, Finding, Ints, Knowledge
+from evaluation.attacks.parts import part
+from evaluation.attacks.predictions import Predicted, forms, kept, key_lengths, predict
+from evaluation.attacks.public_model import softmax
+from evaluation.attacks.view import View
+
+F32 = npt.NDArray[np.float32]
+ROWS = ("hidden", "sorted hidden", "sorted K", "sorted V")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one prompt of t tokens, at one layer: what the view shows of it, or can be computed from what it shows."""
+
+    rows: dict[str, F32]  # by form: [t, width], of length 1
+    scores: F32 | None  # [t, H, t]
+    scaled: bool  # the scores are of keys of length 1, and of queries at their keys' scale
+    probabilities: F32 | None  # [t, H, t]
+
+
+def attack(view: View, known: Knowledge) -> list[Finding]:
+    """Teacher-forced: one answer per token and target."""
+    layers, said = looked_at(known.model.config.layers), dict[str, list[int]]()
+    for number, told in known.told.items():
+        seen = {layer: _seen(view, known, layer, number) for layer in layers}
+        for place, candidates in enumerate(told.candidates, len(known.prefix)):
+            text = tuple(map(int, told.text[:place]))
+            predicted = kept(known.model, text, candidates.tobytes(), layers)
+            for target, likeness in _likenesses(seen, predicted, place):
+                said.setdefault(target, []).append(int(candidates[likeness.argmax()]))
+    return [Answers(target, "told", np.array(tokens), _pool(known)) for target, tokens in said.items()]
+
+
+def free_running(view: View, known: Knowledge) -> list[Finding]:
+    """By sorted V of layer 1, from the prefix on. What he was told is not used."""
+    layer = min(1, known.model.config.layers - 1)
+    said: list[Ints] = []
+    for number, told in known.told.items():
+        v = part(view, known, "v", layer, [number])
+        if v is None:
+            return []
+        said.append(_decoded(known, layer, forms({"v": v})["sorted V"], told.candidates))
+    return [Answers(f"sorted V, layer {layer}", "told", np.concatenate(said), _pool(known))] if said else []
+
+
+def looked_at(layers: int) -> tuple[int, ...]:
+    """The first, the middle and the last."""
+    return tuple(sorted({0, layers // 2, layers - 1}))
+
+
+def _decoded(known: Knowledge, layer: int, v: F32, candidates: Ints) -> Ints:
+    text = known.prefix
+    for pool in candidates:
+        predicted = predict(known.model, text, pool, (layer,)).rows["sorted V", layer]
+        text = np.append(text, pool[(predicted @ v[len(text)]).argmax()])
+    return text[len(known.prefix) :]
+
+
+def _pool(known: Knowledge) -> int:
+    return min(told.candidates.shape[1] for told in known.told.values())
+
+
+def _seen(view: View, known: Knowledge, layer: int, number: int) -> Seen:
+    parts = {what: part(view, known, what, layer, [number]) for what in ("input", "k", "v")}
+    rows = forms({what: rows for what, rows in parts.items() if rows is not None}) if layer else {}
+    if view.has("probabilities", layer):
+        return Seen(rows, None, False, view.rows("probabilities", layer, [number]))
+    if view.has("scores", layer):
+        return Seen(rows, view.rows("scores", layer, [number]), False, None)
+    return Seen(rows, _products(view, known, layer, number), True, None)
+
+
+def _products(view: View, known: Knowledge, layer: int, number: int) -> F32 | None:
+    """(2) Scores from q and k, rotated by whoever did it: the trusted worker sent them back, or this function does."""
+    config = known.model.config
+    if view.has("qk_returned", layer):
+        returned = view.rows("qk_returned", layer, [number])
+        heads = returned.reshape(len(returned), -1, config.head_dim)
+        q, k = heads[:, : config.heads], heads[:, config.heads :]
+    else:
+        plain_q, plain_k = (part(view, known, what, layer, [number]) for what in ("q", "k"))
+        if plain_q is None or plain_k is None:
+            return None
+        q, k = known.model.turned(layer, plain_q, plain_k, np.arange(len(plain_q)))
+    scale = np.maximum(key_lengths(k), np.float32(1e-30))[:, None, None]
+    every = np.repeat(k / scale, config.heads // config.kv_heads, axis=1)
+    result: F32 = np.einsum("thd,shd->ths", q / scale, every, optimize=True) / np.float32(np.sqrt(config.head_dim))
+    return result
+
+
+def _likenesses(seen: dict[int, Seen], predicted: Predicted, place: int) -> Iterator[tuple[str, F32]]:
+    """Targets, and how well each candidate explains what is seen at a place: [C]."""
+    for (form, layer), table in predicted.rows.items():
+        if form in seen[layer].rows:
+            yield f"{form}, layer {layer}", table.astype(np.float32) @ seen[layer].rows[form][place]
+    for layer, one in seen.items():
+        yield from _of_attention(one, predicted, layer, place)
+
+
+def _of_attention(seen: Seen, predicted: Predicted, layer: int, place: int) -> Iterator[tuple[str, F32]]:
+    """(2) and (3). The likeness of probabilities is Bhattacharyya's coefficient, summed over heads."""
+    mine, table = seen.probabilities, predicted.scores[layer]
+    if mine is not None:
+        shown = mine[None, place, :, : place + 1]
+    elif seen.scores is not None:
+        raw = seen.scores[None, place, :, : place + 1] 
+        raw = raw * predicted.lengths[layer][:, None] if seen.scaled else raw
+        yield f"scores, layer {layer}", _cosine(raw, table)
+        shown = softmax(raw)
+    else:
+        return
+    yield f"probabilities, layer {layer}", _cosine(np.sqrt(shown), np.sqrt(softmax(table)))
+
+
+def _cosine(a: F32, b: F32) -> F32:
+    """Of [1 or C, H, T] and [C, H, T] -> [C]."""
+    lengths = np.sqrt((a * a).sum(axis=(1, 2)) * (b * b).sum(axis=(1, 2)))
+    result: F32 = (a * b).sum(axis=(1, 2)) / np.maximum(lengths, np.float32(1e-30))
+    return result
