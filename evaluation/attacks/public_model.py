@@ -140,7 +140,8 @@ class PublicModel:
         return x + self._linear(number, Linear.DOWN, gate / (1 + np.exp(-gate)) * value)
 
     def _linear(self, number: int, linear: Linear, x: F32) -> F32:
-        y: F32 = x @ self.weight(number, linear).T
+        rows = x.reshape(-1, x.shape[-1])  # numpy multiplies a stack one by one
+        y: F32 = (rows @ self.weight(number, linear).T).reshape(*x.shape[:-1], -1)
         bias = Name(Kind.LINEAR, number, linear, bias=True)
         return y + self.parameter(bias)[:, 0] if bias in self._found else y
 
@@ -177,12 +178,8 @@ def scores(q: F32, k: F32, shared: tuple[F32, F32] | None) -> F32:
 
 def probabilities(q: F32, k: F32, shared: tuple[F32, F32] | None) -> F32:
     """Softmax of the scores."""
-    return softmax(scores(q, k, shared))
-
-
-def softmax(x: F32) -> F32:
-    """Over the last axis."""
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    found = scores(q, k, shared)
+    powers = np.exp(found - found.max(axis=-1, keepdims=True))
     result: F32 = powers / powers.sum(axis=-1, keepdims=True)
     return result
 

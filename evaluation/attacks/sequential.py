@@ -6,7 +6,8 @@ begins. Layer 0 in the trusted worker does not stop it; attention scores alone, 
 (1) Hidden states, sorted hidden states, sorted K, sorted V: the forms that permutations leave (predictions.py).
 (2) Scores q.k: a permutation of a head, or a rotation, common to q and k leaves them. Whoever sees q and k computes
     them. Rows at unknown scales (ring products) get the scale that the text so far, and each candidate, would have.
-(3) Probabilities: those that are seen, or the softmax of (2).
+(3) Probabilities: those that are seen, or come of (2). Their logarithms are scores up to a constant per head and row,
+    which is taken off: small probabilities tell as much as large ones.
 
 `attack` is teacher-forced: he is told each token after his answer, so an error does not spread. It is an upper bound of
 what he reads, and what a protected scheme is held to. `free_running` goes on from his own answers: where all of them
@@ -21,12 +22,11 @@ import numpy.typing as npt
 
 from evaluation.attacks.knowledge import Answers, Finding, Ints, Knowledge
 from evaluation.attacks.parts import part
-from evaluation.attacks.predictions import Predicted, forms, kept, key_lengths, predict
-from evaluation.attacks.public_model import softmax
+from evaluation.attacks.predictions import Predicted, forms, kept, key_lengths
 from evaluation.attacks.view import View
 
 F32 = npt.NDArray[np.float32]
-ROWS = ("hidden", "sorted hidden", "sorted K", "sorted V")
+SMALLEST = np.float32(1e-30)  # probability
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def looked_at(layers: int) -> tuple[int, ...]:
 def _decoded(known: Knowledge, layer: int, v: F32, candidates: Ints) -> Ints:
     text = known.prefix
     for pool in candidates:
-        predicted = predict(known.model, text, pool, (layer,)).rows["sorted V", layer]
+        predicted = kept(known.model, tuple(map(int, text)), pool.tobytes(), (layer,)).rows["sorted V", layer]
         text = np.append(text, pool[(predicted @ v[len(text)]).argmax()])
     return text[len(known.prefix) :]
 
@@ -103,7 +103,7 @@ def _products(view: View, known: Knowledge, layer: int, number: int) -> F32 | No
         if plain_q is None or plain_k is None:
             return None
         q, k = known.model.turned(layer, plain_q, plain_k, np.arange(len(plain_q)))
-    scale = np.maximum(key_lengths(k), np.float32(1e-30))[:, None, None]
+    scale = np.maximum(key_lengths(k), SMALLEST)[:, None, None]
     every = np.repeat(k / scale, config.heads // config.kv_heads, axis=1)
     result: F32 = np.einsum("thd,shd->ths", q / scale, every, optimize=True) / np.float32(np.sqrt(config.head_dim))
     return result
@@ -119,22 +119,27 @@ def _likenesses(seen: dict[int, Seen], predicted: Predicted, place: int) -> Iter
 
 
 def _of_attention(seen: Seen, predicted: Predicted, layer: int, place: int) -> Iterator[tuple[str, F32]]:
-    """(2) and (3). The likeness of probabilities is Bhattacharyya's coefficient, summed over heads."""
-    mine, table = seen.probabilities, predicted.scores[layer]
-    if mine is not None:
-        shown = mine[None, place, :, : place + 1]
+    """(2) and (3)."""
+    table, target = predicted.scores[layer], f"probabilities, layer {layer}"
+    if seen.probabilities is not None:
+        shown = seen.probabilities[None, place, :, : place + 1]
+        yield target, _cosine(_centred(np.log(np.maximum(shown, SMALLEST))), _centred(table))
     elif seen.scores is not None:
-        raw = seen.scores[None, place, :, : place + 1] 
-        raw = raw * predicted.lengths[layer][:, None] if seen.scaled else raw
-        yield f"scores, layer {layer}", _cosine(raw, table)
-        shown = softmax(raw)
-    else:
-        return
-    yield f"probabilities, layer {layer}", _cosine(np.sqrt(shown), np.sqrt(softmax(table)))
+        shown = seen.scores[None, place, :, : place + 1]
+        shown = shown * predicted.lengths[layer][:, None] if seen.scaled else shown
+        yield f"scores, layer {layer}", _cosine(shown, table)
+        yield target, _cosine(_centred(shown), _centred(table))
+
+
+def _centred(logs: F32) -> F32:
+    """(3) [..., T], what is too small beside the largest to be told from 0 all alike."""
+    kept = np.maximum(logs - logs.max(axis=-1, keepdims=True), np.log(SMALLEST))
+    result: F32 = kept - kept.mean(axis=-1, keepdims=True)
+    return result
 
 
 def _cosine(a: F32, b: F32) -> F32:
     """Of [1 or C, H, T] and [C, H, T] -> [C]."""
     lengths = np.sqrt((a * a).sum(axis=(1, 2)) * (b * b).sum(axis=(1, 2)))
-    result: F32 = (a * b).sum(axis=(1, 2)) / np.maximum(lengths, np.float32(1e-30))
+    result: F32 = (a * b).sum(axis=(1, 2)) / np.maximum(lengths, SMALLEST)
     return result
