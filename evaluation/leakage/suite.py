@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.attacks import embedding, invariants, sequential
+from evaluation.attacks import codebook, distinguisher, embedding, invariants, sequential
 from evaluation.attacks.knowledge import Attack
 from evaluation.attacks.view import View
 from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, Cell, cell, judged, not_run
@@ -29,6 +29,8 @@ ATTACKS = (
     Entry("invariants", invariants.attack, "public weights"),
     Entry("sequential matching", sequential.attack, "public weights, the text so far"),
     Entry("sequential matching, free-running", sequential.free_running, "public weights, how prompts begin"),
+    Entry("codebook", codebook.attack, "known prompts"),
+    Entry("distinguisher", distinguisher.attack, "chosen messages"),
 )
 BY_DESIGN = frozenset(entry.name for entry in ATTACKS if entry.by_design)
 
