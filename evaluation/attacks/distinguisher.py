@@ -18,6 +18,7 @@ from evaluation.attacks.likeness import likeness
 from evaluation.attacks.view import View
 
 F32 = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
 
 def attack(view: View, known: Knowledge) -> list[Finding]:
@@ -33,23 +34,24 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
 
 def classes(alike: F32, labels: Ints) -> Ints:
     """(1) Of the messages behind the labelled ones: 0 or 1. `alike`: all against all, labelled ones first."""
-    own, one, zero = alike[: len(labels)], labels == 1, labels == 0
-    (same, pairs), rest = _pairs(labels), alike[len(labels) :]
-    within = [own[: len(labels), : len(labels)][same & pairs & which[:, None]].mean() for which in (one, zero)]
-    drawn = rest[:, : len(labels)]
-    return (drawn[:, one].mean(axis=1) - drawn[:, zero].mean(axis=1) > (within[0] - within[1]) / 2).astype(np.int64)
+    own, rest = alike[: len(labels), : len(labels)], alike[len(labels) :, : len(labels)]
+    same, two = _pairs(labels)
+    zero, one = (labels == which for which in (0, 1))
+    bias = own[same & two & one].mean() - own[same & two & zero].mean()
+    said: Ints = np.where(rest[:, one].mean(axis=1) - rest[:, zero].mean(axis=1) > bias / 2, 1, 0)
+    return said
 
 
 def links(alike: F32, labels: Ints) -> Ints:
     """(2) Of the messages behind the labelled ones, from the second on: whether it is the one before over again."""
-    start = len(labels)
-    same, pairs = _pairs(labels)
-    own = alike[:start, :start]
-    limit = (own[same & pairs].mean() + own[~same].mean()) / 2
-    rows = np.arange(start + 1, len(alike))
-    return (alike[rows, rows - 1] > limit).astype(np.int64)
+    own = alike[: len(labels), : len(labels)]
+    same, two = _pairs(labels)
+    limit = (own[same & two].mean() + own[~same].mean()) / 2
+    rows = np.arange(len(labels) + 1, len(alike))
+    said: Ints = np.where(alike[rows, rows - 1] > limit, 1, 0)
+    return said
 
 
-def _pairs(labels: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which pairs of labelled messages are of one class, and which are two messages."""
+def _pairs(labels: Ints) -> tuple[Bools, Bools]:
+    """[n, n]: which pairs of labelled messages are of one class, and which are not a message and itself."""
     return labels[:, None] == labels[None], ~np.eye(len(labels), dtype=bool)

@@ -52,9 +52,10 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the attacker says, in order, about `of`: tokens (of the victims, behind the prefix), told (the same, of those told), again,
-    unlabelled, linked (whether an unlabelled message is the one before it over again: 1 or 0).
+    """What the attacker says, in order, about `of`.
 
+    tokens: of the victims, behind the prefix; told: the same, of the victims that he is told; again; unlabelled;
+    linked: of each unlabelled message from the second on, whether it is the one before over again, 1 or 0.
     `pool`: how many answers there are to choose from; who guesses is right once in so many.
     """
 

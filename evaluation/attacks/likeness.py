@@ -5,7 +5,7 @@ For each group of transforms a form that it leaves, taken at every place that is
 (1) words: how many are equal, for anything deterministic;
 (2) rows: the cosine, for anything deterministic up to noise and scale;
 (3) sorted rows, for a fresh permutation of dims;
-(4) the space that the rows span, for a fresh mixing of rows, invertible or orthogonal, behind a fixed transform of dims;
+(4) the space that the rows span, for a fresh mixing of rows, orthogonal or not, and a fixed transform of dims;
 (5) the singular values, for a fresh orthogonal mixing of rows and a fresh rotation of dims.
 """
 

@@ -40,7 +40,7 @@ def predict(model: PublicModel, text: Ids, candidates: Ids, layers: tuple[int, .
     }
     return Predicted(
         rows,
-        {layer: scores(held[layer].q_rotated, held[layer].k_rotated, _shared(past, layer))[:, :, 0] for layer in layers},
+        {layer: _scores(held[layer], past, layer) for layer in layers},
         {layer: _lengths(held[layer].k_rotated[:, 0], past.keys[layer]) for layer in layers},
     )
 
@@ -74,8 +74,8 @@ def _parts(layer: Layer) -> dict[str, F32]:
     return {"input": layer.input[:, 0], "k": layer.k[:, 0], "v": layer.v[:, 0]}
 
 
-def _shared(past: Past, layer: int) -> tuple[F32, F32]:
-    return past.keys[layer], past.values[layer]
+def _scores(held: Layer, past: Past, layer: int) -> F32:
+    return scores(held.q_rotated, held.k_rotated, (past.keys[layer], past.values[layer]))[:, :, 0]
 
 
 def _lengths(own: F32, before: F32) -> F32:

@@ -78,7 +78,7 @@ def _decoded(known: Knowledge, layer: int, v: F32, candidates: Ints) -> Ints:
 
 
 def _pool(known: Knowledge) -> int:
-    return min(told.candidates.shape[1] for told in known.told.values())
+    return min(len(told.candidates[0]) for told in known.told.values())
 
 
 def _seen(view: View, known: Knowledge, layer: int, number: int) -> Seen:

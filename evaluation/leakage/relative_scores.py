@@ -1,9 +1,9 @@
 """Broken on purpose: one-time pads on every linear, and attention left to the GPU worker.
 
 Shaped after systems that mask linear layers and have the accelerator see q.k, or its softmax, in the clear, such as the
-split of Amulet (arXiv 2512.07495) or permuted non-linear steps of Centaur and PermLLM. All that secure-infer sends is
-as it was; the scores, or only the probabilities, of each prompt are added, as the GPU worker would have them. Sequential
-matching must read the text from them alone.
+split of Amulet (arXiv 2512.07495), or the permuted non-linear steps of Centaur (2412.10652) and PermLLM (2405.18744).
+All that secure-infer sends is as it was; the scores, or only the probabilities, of each prompt are added, as the GPU
+worker would have them. Sequential matching must read the text from them alone.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,10 @@ def probabilities_on_gpu(views: dict[str, View], script: Script) -> View:
 def _with(name: str, attention: Attention, views: dict[str, View], script: Script) -> View:
     """secure-infer's view and one thing more, made of the true q and k that plain shows."""
     plain, known = views["plain"], script.knowledge
+    layers = range(known.model.config.layers)
 
     def change(number: int, rows: dict[Place, Array]) -> dict[Place, Array]:
-        more = {(name, layer): _of(plain, known, attention, layer, number) for layer in range(known.model.config.layers)}
-        return rows | more
+        return rows | {(name, layer): _of(plain, known, attention, layer, number) for layer in layers}
 
     return views["secure-infer"].changed(change)
 
