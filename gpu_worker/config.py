@@ -76,6 +76,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     _add_flags(parser)
     tls.add_flags(parser)
     given = settings.parse(parser, sys.argv[1:] if arguments is None else arguments, PREFIX)
+    if given["record_keep"] and not given["record"]:
+        parser.error("--record-keep needs --record")
     given["stream"] = given["stream"] or settings.stream_beside(given["listen"])
     return Settings(**given)
 

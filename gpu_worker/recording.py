@@ -31,6 +31,7 @@ from wire.errors import CleaveError, PreconditionError
 log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 64 << 20
+ALIGNED = 64  # of every tensor in its segment: readers need not copy
 
 Tensor = npt.NDArray[Any] | torch.Tensor
 
@@ -92,6 +93,7 @@ class Recording:
             value = value.detach().cpu().numpy()
         if not isinstance(value, np.ndarray) or self._tensors is None:
             return value
+        self._tensors.write(bytes(-self._tensors.tell() % ALIGNED))
         at = self._tensors.tell()
         self._tensors.write(np.ascontiguousarray(value).data)
         return {"dtype": value.dtype.name, "shape": value.shape, "at": at}

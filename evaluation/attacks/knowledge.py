@@ -41,6 +41,8 @@ class Knowledge:
     again: tuple[int, ...] = ()  # each is one of `known` over again: which?
     labels: dict[int, int] = field(default_factory=dict)  # of messages that the attacker made himself: 0 or 1
     unlabelled: tuple[int, ...] = ()  # messages of one or the other kind
+    metered: dict[int, int] = field(default_factory=dict)  # conversations whose kind he knows: 0 or 1
+    unmetered: tuple[int, ...] = ()  # those of which he wants to know it
     repeated: int | None = None  # the prompt that is one token, over and over, which he chose
     seed: int = 0
 
@@ -55,7 +57,9 @@ class Answers:
     """What the attacker says, in order, about `of`.
 
     tokens: of the victims, behind the prefix; told: the same, of the victims that he is told; again; unlabelled;
-    linked: of each unlabelled message from the second on, whether it is the one before over again, 1 or 0.
+    linked: of each unlabelled message from the second on, whether it is the one before over again, 1 or 0;
+    prompt lengths, answer lengths, kinds.
+
     `pool`: how many answers there are to choose from; who guesses is right once in so many.
     """
 

@@ -1,7 +1,8 @@
 """What a view shows of the model's own quantities, whichever way it shows it: inputs, queries, keys, values.
 
-Integers become float32 at an unknown scale per row, divided per column by the public scales of the int8 rule. On masked
-words the same code runs as well, and gives noise. What a permutation or another transform changed stays changed.
+Integers of split come at a secret scale per row, which hides nothing: a normed row divided by the public gain has a
+root mean square of 1. On masked words the same code runs as well, and gives noise. What a permutation or another
+transform changed stays changed.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ def part(view: View, known: Knowledge, what: str, layer: int, prompts: Sequence[
     if what == "input":
         return _input(view, known, layer, prompts)
     if view.has("qkv", layer):
-        y = view.rows("qkv", layer, prompts).astype(np.float32)
-        return known.model.split(y * known.model.scales(layer, Linear.QKV))[HEADS.index(what)]
+        y = view.rows("qkv", layer, prompts) * known.model.scales(layer, Linear.QKV)
+        y = y * _scale(view.rows("input", layer, prompts), known, layer) + known.model.bias(layer, Linear.QKV)
+        return known.model.split(y.astype(np.float32))[HEADS.index(what)]
     if what == "v":
         return view.rows("v", layer, prompts) if view.has("v", layer) else None
     if not view.has("qk", layer):
@@ -47,7 +49,16 @@ def victims(view: View, known: Knowledge, what: str, layer: int) -> F32 | None:
 
 def _input(view: View, known: Knowledge, layer: int, prompts: Sequence[int]) -> F32 | None:
     if view.has("input", layer):
-        return view.rows("input", layer, prompts).astype(np.float32)
+        x = view.rows("input", layer, prompts)
+        return (x * _scale(x, known, layer)).astype(np.float32)
     if not view.has("residual", layer):
         return None
     return known.model.normed(view.rows("residual", layer, prompts), Name(Kind.ATTENTION_NORM, layer))
+
+
+def _scale(x: npt.NDArray[np.generic], known: Knowledge, layer: int) -> npt.NDArray[np.float64]:
+    """float64[rows, 1], by which integers of an input are to be multiplied."""
+    gain = known.model.parameter(Name(Kind.ATTENTION_NORM, layer))[:, 0].astype(np.float64)
+    bare = np.divide(x, gain, out=np.zeros(x.shape), where=gain != 0)
+    result: npt.NDArray[np.float64] = 1 / np.sqrt((bare**2).mean(axis=1, keepdims=True) + 1e-30)
+    return result

@@ -25,7 +25,6 @@ class Predicted:
 
     rows: dict[Place, F16]  # [C, width], length 1: see `forms`
     scores: dict[int, F32]  # [C, H, T + 1]
-    lengths: dict[int, F32]  # [C, T + 1], the candidate's key's length times those of all keys
 
 
 def predict(model: PublicModel, text: Ids, candidates: Ids, layers: tuple[int, ...]) -> Predicted:
@@ -38,11 +37,7 @@ def predict(model: PublicModel, text: Ids, candidates: Ids, layers: tuple[int, .
         if layer
         for name, values in forms(_parts(held[layer])).items()
     }
-    return Predicted(
-        rows,
-        {layer: _scores(held[layer], past, layer) for layer in layers},
-        {layer: _lengths(held[layer].k_rotated[:, 0], past.keys[layer]) for layer in layers},
-    )
+    return Predicted(rows, {layer: _scores(held[layer], past, layer) for layer in layers})
 
 
 @lru_cache(maxsize=512)
@@ -60,12 +55,6 @@ def forms(parts: dict[str, F32]) -> dict[str, F32]:
     return found | ({"hidden": unit(parts["input"])} if "input" in parts else {})
 
 
-def key_lengths(k: F32) -> F32:
-    """[rows, K, d] -> [rows]: the length of all heads of a row, which neither RoPE nor a permutation changes."""
-    result: F32 = np.sqrt(np.einsum("mhd,mhd->m", k, k))
-    return result
-
-
 def _sorted(rows: F32) -> F32:
     return np.sort(rows, axis=-1).reshape(len(rows), -1)
 
@@ -76,9 +65,3 @@ def _parts(layer: Layer) -> dict[str, F32]:
 
 def _scores(held: Layer, past: Past, layer: int) -> F32:
     return scores(held.q_rotated, held.k_rotated, (past.keys[layer], past.values[layer]))[:, :, 0]
-
-
-def _lengths(own: F32, before: F32) -> F32:
-    mine = key_lengths(own)[:, None]
-    result: F32 = mine * np.concatenate([np.broadcast_to(key_lengths(before), (len(own), len(before))), mine], axis=1)
-    return result

@@ -72,6 +72,11 @@ class PublicModel:
         """float32[n, k]."""
         return self.parameter(parameters.weight_name(self.config, spec(self.config, layer, linear)))
 
+    def bias(self, layer: int, linear: Linear) -> F32:
+        """float32[n]; zeros where the model has none."""
+        name = Name(Kind.LINEAR, layer, linear, bias=True)
+        return self.parameter(name)[:, 0] if name in self._found else np.zeros(1, np.float32)
+
     def scales(self, layer: int, linear: Linear) -> F32:
         """float32[n]: what the public rule divides each output row of the weight by."""
         return quantize_rows(self.weight(layer, linear))[1]
@@ -141,9 +146,8 @@ class PublicModel:
 
     def _linear(self, number: int, linear: Linear, x: F32) -> F32:
         rows = x.reshape(-1, x.shape[-1])  # numpy multiplies a stack one by one
-        y: F32 = (rows @ self.weight(number, linear).T).reshape(*x.shape[:-1], -1)
-        bias = Name(Kind.LINEAR, number, linear, bias=True)
-        return y + self.parameter(bias)[:, 0] if bias in self._found else y
+        y: F32 = rows @ self.weight(number, linear).T + self.bias(number, linear)
+        return y.reshape(*x.shape[:-1], -1)
 
     def normed(self, x: F32, gain: Name) -> F32:
         """RMSNorm over the last axis, times a gain."""

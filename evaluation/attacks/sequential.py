@@ -5,7 +5,7 @@ begins. Layer 0 in the trusted worker does not stop it; attention scores alone, 
 
 (1) Hidden states, sorted hidden states, sorted K, sorted V: the forms that permutations leave (predictions.py).
 (2) Scores q.k: a permutation of a head, or a rotation, common to q and k leaves them. Whoever sees q and k computes
-    them. Rows at unknown scales (ring products) get the scale that the text so far, and each candidate, would have.
+    them.
 (3) Probabilities: those that are seen, or come of (2). Their logarithms are scores up to a constant per head and row,
     which is taken off: small probabilities tell as much as large ones.
 
@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from evaluation.attacks.knowledge import Answers, Finding, Ints, Knowledge
 from evaluation.attacks.parts import part
-from evaluation.attacks.predictions import Predicted, forms, kept, key_lengths
+from evaluation.attacks.predictions import Predicted, forms, kept
 from evaluation.attacks.view import View
 
 F32 = npt.NDArray[np.float32]
+FREE_LAYER = 1  # the first whose rows depend on the text
 SMALLEST = np.float32(1e-30)  # probability
 
 
@@ -35,7 +36,6 @@ class Seen:
 
     rows: dict[str, F32]  # by form: [t, width], of length 1
     scores: F32 | None  # [t, H, t]
-    scaled: bool  # the scores are of keys of length 1, and of queries at their keys' scale
     probabilities: F32 | None  # [t, H, t]
 
 
@@ -53,15 +53,14 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
 
 
 def free_running(view: View, known: Knowledge) -> list[Finding]:
-    """By sorted V of layer 1, from the prefix on. What he was told is not used."""
-    layer = min(1, known.model.config.layers - 1)
+    """By sorted V of layer 1, from the prefix on. Of what he was told only the candidates are used."""
     said: list[Ints] = []
     for number, told in known.told.items():
-        v = part(view, known, "v", layer, [number])
+        v = part(view, known, "v", FREE_LAYER, [number])
         if v is None:
             return []
-        said.append(_decoded(known, layer, forms({"v": v})["sorted V"], told.candidates))
-    return [Answers(f"sorted V, layer {layer}", "told", np.concatenate(said), _pool(known))] if said else []
+        said.append(_decoded(known, forms({"v": v})["sorted V"], told.candidates))
+    return [Answers(f"sorted V, layer {FREE_LAYER}", "told", np.concatenate(said), _pool(known))] if said else []
 
 
 def looked_at(layers: int) -> tuple[int, ...]:
@@ -69,11 +68,12 @@ def looked_at(layers: int) -> tuple[int, ...]:
     return tuple(sorted({0, layers // 2, layers - 1}))
 
 
-def _decoded(known: Knowledge, layer: int, v: F32, candidates: Ints) -> Ints:
+def _decoded(known: Knowledge, v: F32, candidates: Ints) -> Ints:
     text = known.prefix
     for pool in candidates:
-        predicted = kept(known.model, tuple(map(int, text)), pool.tobytes(), (layer,)).rows["sorted V", layer]
-        text = np.append(text, pool[(predicted @ v[len(text)]).argmax()])
+        predicted = kept(known.model, tuple(map(int, text)), pool.tobytes(), (FREE_LAYER,))
+        table = predicted.rows["sorted V", FREE_LAYER].astype(np.float32)
+        text = np.append(text, pool[(table @ v[len(text)]).argmax()])
     return text[len(known.prefix) :]
 
 
@@ -85,10 +85,10 @@ def _seen(view: View, known: Knowledge, layer: int, number: int) -> Seen:
     parts = {what: part(view, known, what, layer, [number]) for what in ("input", "k", "v")}
     rows = forms({what: rows for what, rows in parts.items() if rows is not None}) if layer else {}
     if view.has("probabilities", layer):
-        return Seen(rows, None, False, view.rows("probabilities", layer, [number]))
+        return Seen(rows, None, view.rows("probabilities", layer, [number]))
     if view.has("scores", layer):
-        return Seen(rows, view.rows("scores", layer, [number]), False, None)
-    return Seen(rows, _products(view, known, layer, number), True, None)
+        return Seen(rows, view.rows("scores", layer, [number]), None)
+    return Seen(rows, _products(view, known, layer, number), None)
 
 
 def _products(view: View, known: Knowledge, layer: int, number: int) -> F32 | None:
@@ -103,9 +103,8 @@ def _products(view: View, known: Knowledge, layer: int, number: int) -> F32 | No
         if plain_q is None or plain_k is None:
             return None
         q, k = known.model.turned(layer, plain_q, plain_k, np.arange(len(plain_q)))
-    scale = np.maximum(key_lengths(k), SMALLEST)[:, None, None]
-    every = np.repeat(k / scale, config.heads // config.kv_heads, axis=1)
-    result: F32 = np.einsum("thd,shd->ths", q / scale, every, optimize=True) / np.float32(np.sqrt(config.head_dim))
+    every = np.repeat(k, config.heads // config.kv_heads, axis=1)
+    result: F32 = np.einsum("thd,shd->ths", q, every, optimize=True) / np.float32(np.sqrt(config.head_dim))
     return result
 
 
@@ -126,7 +125,6 @@ def _of_attention(seen: Seen, predicted: Predicted, layer: int, place: int) -> I
         yield target, _cosine(_centred(np.log(np.maximum(shown, SMALLEST))), _centred(table))
     elif seen.scores is not None:
         shown = seen.scores[None, place, :, : place + 1]
-        shown = shown * predicted.lengths[layer][:, None] if seen.scaled else shown
         yield f"scores, layer {layer}", _cosine(shown, table)
         yield target, _cosine(_centred(shown), _centred(table))
 
@@ -139,7 +137,7 @@ def _centred(logs: F32) -> F32:
 
 
 def _cosine(a: F32, b: F32) -> F32:
-    """Of [1 or C, H, T] and [C, H, T] -> [C]."""
+    """Of [1, H, T] and [C, H, T] -> [C]."""
     lengths = np.sqrt((a * a).sum(axis=(1, 2)) * (b * b).sum(axis=(1, 2)))
     result: F32 = (a * b).sum(axis=(1, 2)) / np.maximum(lengths, SMALLEST)
     return result

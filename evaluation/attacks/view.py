@@ -25,6 +25,7 @@ PLACES = {
     Linear.GATE_UP: ("ffn_input", "gate_up"),
     Linear.DOWN: ("ffn_inner", "down"),
 }
+CACHED = ("cache_k", "cache_v", "wiped_k", "wiped_v")
 Place = tuple[str, int]  # name and layer
 F32 = npt.NDArray[np.float32]
 
@@ -39,11 +40,9 @@ class View:
     @classmethod
     def of(cls, transcript: Transcript, lengths: Sequence[int]) -> "View":
         """Prompts of so many rows, one after the other. A place that has not a row for each is left out."""
-        flat = {place: np.concatenate(found) for place, found in _rows(transcript).items()}
-        whole, ends = {place: rows for place, rows in flat.items() if len(rows) == sum(lengths)}, np.cumsum(lengths)
-        cut = {place: np.split(rows, ends[:-1]) for place, rows in whole.items()}
-        prompts = tuple({place: parts[number] for place, parts in cut.items()} for number in range(len(lengths)))
-        return cls(transcript, prompts)
+        cut = {place: _cut(place[0], found, lengths) for place, found in _rows(transcript).items()}
+        whole = {place: prompts for place, prompts in cut.items() if prompts}
+        return cls(transcript, tuple({place: of[n] for place, of in whole.items()} for n in range(len(lengths))))
 
     def has(self, name: str, layer: int = 0) -> bool:
         """Whether this place can be seen."""
@@ -65,6 +64,25 @@ def _rows(transcript: Transcript) -> dict[Place, list[Array]]:
             if len(rows) > 1:
                 found[place].append(rows)
     return found
+
+
+def _cut(name: str, calls: list[Array], lengths: Sequence[int]) -> list[Array]:
+    """The rows of each prompt, which came in one call or in several; nothing when they are not those of the prompts.
+
+    A cache holds its answer's rows, too: they are left out.
+    """
+    if name in CACHED:
+        fit = len(calls) == len(lengths) and all(len(rows) >= n for rows, n in zip(calls, lengths, strict=True))
+        return [rows[:n] for rows, n in zip(calls, lengths, strict=True)] if fit else []
+    prompts, left = [], iter(calls)
+    for length in lengths:
+        rows: list[Array] = []
+        while sum(map(len, rows)) < length and (call := next(left, None)) is not None:
+            rows.append(call)
+        if sum(map(len, rows)) != length:
+            return []
+        prompts.append(rows[0] if len(rows) == 1 else np.concatenate(rows))
+    return prompts if next(left, None) is None else []
 
 
 def _places(event: Exchange | Held | Cache) -> list[tuple[Place, Array]]:

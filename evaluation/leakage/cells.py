@@ -5,13 +5,14 @@ broken when so many hits would come by chance with a probability below the famil
 the protected scheme (Bonferroni): with 1e-6 for all of them together a build fails for nothing once in a million.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from evaluation.attacks.knowledge import Answers, Fact, Finding
-from evaluation.leakage.prompts import Script
+from evaluation.attacks.knowledge import Answers, Fact, Finding, Ints
 
 FAMILY_ERROR = 1e-6  # one-sided, over all cells of the protected scheme
 CONTROLLED = 0.95  # what an attack must recover where nothing is protected
+NOTHING_SENT = "there is no GPU worker: nothing is sent"
 BROKEN, CHANCE, DESIGN, NOT_RUN = "broken", "chance", "leaks by design", "not run"
 
 
@@ -36,11 +37,11 @@ class Cell:
     reason: str = ""
 
 
-def cell(scheme: str, attack: str, knowledge: str, finding: Finding, script: Script, seconds: float) -> Cell:
+def cell(scheme: str, attack: str, knowledge: str, finding: Finding, truth: Mapping[str, Ints], seconds: float) -> Cell:
     """A cell without a verdict."""
     from scipy.stats import binomtest
 
-    fact = _compared(finding, script) if isinstance(finding, Answers) else finding
+    fact = _compared(finding, truth) if isinstance(finding, Answers) else finding
     test = binomtest(fact.hits, fact.trials, fact.chance, "greater")
     interval = binomtest(fact.hits, fact.trials).proportion_ci(0.95, "exact")
     p = test.pvalue if fact.p is None else fact.p
@@ -86,9 +87,9 @@ def threshold(cells: list[Cell], protected: str, by_design: frozenset[str]) -> f
     return FAMILY_ERROR / max(len(family), 1)
 
 
-def _compared(answers: Answers, script: Script) -> Fact:
-    truth = script.truth[answers.of]
-    if answers.said.shape != truth.shape:
-        raise ValueError(f"{answers.target}: {answers.said.shape} answers to {truth.shape} questions")
-    hits = int((answers.said == truth).sum())
-    return Fact(answers.target, f"{answers.of}, top-1", hits, len(truth), 1 / answers.pool)
+def _compared(answers: Answers, truth: Mapping[str, Ints]) -> Fact:
+    right = truth[answers.of]
+    if answers.said.shape != right.shape:
+        raise ValueError(f"{answers.target}: {answers.said.shape} answers to {right.shape} questions")
+    hits = int((answers.said == right).sum())
+    return Fact(answers.target, f"{answers.of}, top-1", hits, len(right), 1 / answers.pool)

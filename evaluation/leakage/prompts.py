@@ -5,7 +5,7 @@ whatever rule he guesses by, so what chance can do is known and not estimated. A
 and no harder to protect.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +30,7 @@ class Sizes:
     known_tokens: int
     victim_tokens: int
     repeated_tokens: int
+    metered: int  # conversations of two kinds, of random lengths; half of them labelled
     prefix: int = 2
     candidates: int = 0  # what each told token is one of; 0: the whole vocabulary
 
@@ -44,14 +45,18 @@ QUICK = Sizes(
     known_tokens=8,
     victim_tokens=16,
     repeated_tokens=160,
+    metered=32,
 )
+FULL = replace(QUICK, known=16, victims=8, again=8, told=2, labelled=6, unlabelled=30, metered=8, candidates=256)
+KINDS = ((2, 9), (4, 8)), ((7, 17), (1, 5))  # least and most tokens of prompt and answer: a chat; a text to sum up
 
 
 @dataclass(frozen=True)
 class Script:
-    """All prompts in their order; `truth` by the name that Answers.of gives."""
+    """All prompts in their order, how many tokens each asks for, and the truth by the name that Answers.of gives."""
 
     prompts: tuple[Ints, ...]
+    answers: tuple[int, ...]
     truth: dict[str, Ints]
     knowledge: Knowledge
 
@@ -71,7 +76,10 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
     messages = some(sizes.known_tokens), some(sizes.known_tokens)
     secret = rng.integers(0, 2, sizes.unlabelled)
     classes = np.concatenate([np.arange(sizes.labelled) % 2, secret])
-    parts = [known, victims, [known[one] for one in again], [repeated], [messages[one] for one in classes]]
+    kinds = rng.integers(0, 2, sizes.metered)
+    lengths = np.array([[rng.integers(least, most + 1) for least, most in KINDS[kind]] for kind in kinds])
+    metered = [some(prompt) for prompt, _ in lengths]
+    parts = [known, victims, [known[one] for one in again], [repeated], [messages[one] for one in classes], metered]
     starts = np.cumsum([0, *map(len, parts)])
     places = [tuple(range(start, end)) for start, end in pairwise(starts)]
     said = dict(zip(places[4], classes, strict=True))
@@ -79,6 +87,7 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
     pools = np.random.default_rng([seed, 2])
     told = {places[1][one]: _told(victims[one], sizes, vocabulary, pools) for one in range(sizes.told)}
     prompts = tuple(prompt for part in parts for prompt in part)
+    answers = [1] * (len(prompts) - sizes.metered) + [int(answer) for _, answer in lengths]
     knowledge = Knowledge(
         model=model,
         lengths=tuple(map(len, prompts)),
@@ -90,6 +99,8 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
         labels={place: int(said[place]) for place in labelled},
         unlabelled=unlabelled,
         repeated=places[3][0],
+        metered=dict(zip(places[5][: sizes.metered // 2], map(int, kinds), strict=False)),
+        unmetered=places[5][sizes.metered // 2 :],
         seed=seed,
     )
     truth = {
@@ -98,8 +109,11 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
         "told": np.concatenate([one.text[sizes.prefix :] for one in told.values()]),
         "unlabelled": secret,
         "linked": (secret[1:] == secret[:-1]).astype(np.int64),
+        "prompt lengths": np.array([len(prompt) for prompt in prompts]),
+        "answer lengths": np.array(answers),
+        "kinds": kinds[sizes.metered // 2 :],
     }
-    return Script(prompts, truth, knowledge)
+    return Script(prompts, tuple(answers), truth, knowledge)
 
 
 def _told(text: Ints, sizes: Sizes, vocabulary: int, rng: np.random.Generator) -> Told:

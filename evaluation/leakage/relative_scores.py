@@ -6,7 +6,7 @@ All that secure-infer sends is as it was; the scores, or only the probabilities,
 worker would have them. Sequential matching must read the text from them alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +22,17 @@ F32 = npt.NDArray[np.float32]
 Attention = Callable[[F32, F32, None], F32]  # q and k [1, t, heads, d], rotated -> [1, H, t, t]
 
 
-def scores_on_gpu(views: dict[str, View], script: Script) -> View:
+def scores_on_gpu(views: Mapping[str, View], script: Script) -> View:
     """Places ("scores", layer), [t, H, t] of each prompt; a score that is not used is 0."""
     return _with("scores", lambda q, k, past: np.nan_to_num(scores(q, k, past), neginf=0.0), views, script)
 
 
-def probabilities_on_gpu(views: dict[str, View], script: Script) -> View:
+def probabilities_on_gpu(views: Mapping[str, View], script: Script) -> View:
     """Places ("probabilities", layer), [t, H, t] of each prompt."""
     return _with("probabilities", probabilities, views, script)
 
 
-def _with(name: str, attention: Attention, views: dict[str, View], script: Script) -> View:
+def _with(name: str, attention: Attention, views: Mapping[str, View], script: Script) -> View:
     """secure-infer's view and one thing more, made of the true q and k that plain shows."""
     plain, known = views["plain"], script.knowledge
     layers = range(known.model.config.layers)

@@ -1,12 +1,13 @@
 """The table of attacks, and what must come out: the gate."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.attacks import codebook, distinguisher, embedding, invariants, sequential
-from evaluation.attacks.knowledge import Attack
+from evaluation.attacks import codebook, distinguisher, embedding, invariants, metadata, sequential
+from evaluation.attacks.knowledge import Attack, Ints
 from evaluation.attacks.view import View
+from evaluation.leakage import relative_scores
 from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, Cell, cell, judged, not_run
 from evaluation.leakage.prompts import Script
 
@@ -31,31 +32,56 @@ ATTACKS = (
     Entry("sequential matching, free-running", sequential.free_running, "public weights, how prompts begin"),
     Entry("codebook", codebook.attack, "known prompts"),
     Entry("distinguisher", distinguisher.attack, "chosen messages"),
+    Entry("metadata", metadata.attack, "nothing", by_design=True),
 )
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A scheme that is broken on purpose, made of what others recorded. One of `shown_by` must break it."""
+
+    name: str
+    made: Callable[[Mapping[str, View], Script], View]
+    shown_by: tuple[str, ...]
+
+
+RELATIVES: tuple[Relative, ...] = (
+    Relative("scores on the GPU worker", relative_scores.scores_on_gpu, ("sequential matching",)),
+    Relative("probabilities on the GPU worker", relative_scores.probabilities_on_gpu, ("sequential matching",)),
+)
+
 BY_DESIGN = frozenset(entry.name for entry in ATTACKS if entry.by_design)
 
 # What published attacks are worth, and so the least that these must recover: scheme, attack, share.
 BARS: tuple[tuple[str, str, float], ...] = (("kv-shield", "invariants", CONTROLLED),)
 
 
-def attacked(views: dict[str, View], script: Script, attacks: Sequence[Entry] = ATTACKS) -> list[Cell]:
-    """Every attack on every scheme, judged."""
+def attacked(
+    views: Mapping[str, View],
+    script: Script,
+    attacks: Sequence[Entry] = ATTACKS,
+    answers: Mapping[str, Ints] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Cell]:
+    """Every attack on every scheme, judged. `answers`: how many tokens each answer had, by scheme."""
     cells: list[Cell] = []
     for entry in attacks:
         for scheme, view in views.items():
+            truth = script.truth | ({"answer lengths": answers[scheme]} if answers and scheme in answers else {})
+            progress(f"{entry.name}: {scheme}")
             started = time.perf_counter()
             findings = entry.attack(view, script.knowledge)
             seconds = (time.perf_counter() - started) / max(len(findings), 1)
-            cells += [cell(scheme, entry.name, entry.knowledge, one, script, seconds) for one in findings]
+            cells += [cell(scheme, entry.name, entry.knowledge, one, truth, seconds) for one in findings]
             if not findings:
                 cells.append(not_run(scheme, entry.name, entry.knowledge, "nothing for it is sent or held"))
     return judged(cells, PROTECTED, CONTROL, BY_DESIGN)
 
 
 def failures(
-    cells: Sequence[Cell], relatives: dict[str, tuple[str, ...]], attacks: Sequence[Entry] = ATTACKS
+    cells: Sequence[Cell], attacks: Sequence[Entry] = ATTACKS, relatives: Sequence[Relative] = RELATIVES
 ) -> list[str]:
-    """Why the build must not pass. `relatives`: schemes broken on purpose, and the attacks that must show it."""
+    """Why the build must not pass; nothing: it may."""
 
     def of(scheme: str, attack: str) -> list[Cell]:
         return [one for one in cells if (one.scheme, one.attack) == (scheme, attack)]
@@ -73,9 +99,9 @@ def failures(
             found.append(f"{entry.name} recovers {best(CONTROL, entry.name):.3f} of {CONTROL}: it proves nothing")
         if entry.everywhere and not any(one.verdict == CHANCE for one in mine):
             found.append(f"{entry.name} says nothing of {PROTECTED}")
-    for scheme, shown_by in relatives.items():
-        if not any(one.verdict == BROKEN for attack in shown_by for one in of(scheme, attack)):
-            found.append(f"{scheme} is broken on purpose, and {' and '.join(shown_by)} did not show it")
+    for relative in relatives:
+        if not any(one.verdict == BROKEN for attack in relative.shown_by for one in of(relative.name, attack)):
+            found.append(f"{relative.name} is broken on purpose; not shown by {' or '.join(relative.shown_by)}")
     for scheme, attack, least in BARS:
         if best(scheme, attack) < least:
             found.append(f"{attack} recovers {best(scheme, attack):.3f} of {scheme}, known to give {least}")

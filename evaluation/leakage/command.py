@@ -1,0 +1,155 @@
+"""cleave-leakage: record every scheme, attack the recordings, print what was recovered; status 1 when the gate fails.
+
+--quick is the tier that gates the build: the demo model, some minutes. Without it the script is said to a larger model.
+Transcripts are kept with --transcripts DIR, and attacked again when they lie there already: the same transcripts and
+the same seed give the same report, but for its seconds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.flags import DEMO_MODEL, Parser
+from client.terminal import Progress, one_line
+from evaluation import pictures
+from evaluation.attacks.public_model import PublicModel
+from evaluation.attacks.view import View
+from evaluation.bench import INTERRUPTED, machine
+from evaluation.leakage import heatmap, report, stage, suite
+from evaluation.leakage.cells import FAMILY_ERROR, NOTHING_SENT, not_run, threshold
+from evaluation.leakage.prompts import FULL, QUICK, Script, script
+from evaluation.shapes import model_folder
+from evaluation.transcript import Transcript
+from wire.errors import CleaveError, PreconditionError
+
+FULL_MODEL = "shape:qwen2.5-0.5b"
+SCHEMA = 1
+
+
+def main() -> None:
+    """Status 0: the gate is passed; 1: it is not, or something went wrong."""
+    options, progress = _parse(), Progress(sys.stderr)
+    try:
+        status = _run(options, progress)
+    except CleaveError as error:
+        status = _fail(progress, one_line(str(error)), 1)
+    except KeyboardInterrupt:
+        status = _fail(progress, "interrupted", INTERRUPTED)
+    sys.exit(status)
+
+
+def measure(folder: Path, quick: bool, seed: int, transcripts: Path, progress: Progress) -> dict[str, Any]:
+    """Record what is not in `transcripts` yet, attack all of it. Raises CleaveError."""
+    model = PublicModel(folder)
+    said = script(model, QUICK if quick else FULL, seed)
+    for staged in stage.STAGED:
+        if not (transcripts / staged.name / stage.ANSWERS).is_file():
+            stage.record(staged, folder, said, transcripts / staged.name, progress)
+    progress.clear()
+    cells = _cells(said, transcripts, progress)
+    limit = threshold(cells, suite.PROTECTED, suite.BY_DESIGN)
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "commit": _commit(),
+        "model": folder.name,
+        "model_digest": model.config.digest.hex(),
+        "tier": "quick" if quick else "full",
+        "seed": seed,
+        "prompts": len(said.prompts),
+        "tokens": sum(said.knowledge.lengths),
+        "exposed_by_design": report.EXPOSED,
+        "cells": [asdict(one) for one in cells],
+        "gate": {"family_error": FAMILY_ERROR, "p_below": limit, "failures": suite.failures(cells)},
+    }
+
+
+def _cells(said: Script, transcripts: Path, progress: Progress) -> list[Any]:
+    views, answers = {}, {}
+    for staged in stage.STAGED:
+        views[staged.name] = View.of(Transcript.read(transcripts / staged.name), said.knowledge.lengths)
+        answers[staged.name] = np.array(json.loads((transcripts / staged.name / stage.ANSWERS).read_text("ascii")))
+    for relative in suite.RELATIVES:
+        progress(f"making {relative.name}", 0)
+        views[relative.name] = relative.made(views, said)
+    cells = suite.attacked(views, said, suite.ATTACKS, answers, lambda what: progress(what, 0))
+    progress.clear()
+    return [*cells, *(not_run("tee-only", one.name, one.knowledge, NOTHING_SENT) for one in suite.ATTACKS)]
+
+
+def _run(options: argparse.Namespace, progress: Progress) -> int:
+    _require(options)
+    folder = model_folder(options.model, progress)
+    with tempfile.TemporaryDirectory(prefix="cleave-") as private:
+        kept = options.transcripts or Path(private)
+        result = measure(folder, options.quick, options.seed, kept, progress)
+    if options.plot:
+        heatmap.draw(result, options.plot)
+    if options.markdown:
+        _write(options.markdown, report.document(result, options.plot))
+    print(json.dumps(result) if options.json else report.document(result, options.plot))
+    for failure in result["gate"]["failures"]:
+        print(f"cleave-leakage: {failure}", file=sys.stderr)
+    return int(bool(result["gate"]["failures"]))
+
+
+def _parse() -> argparse.Namespace:
+    parser = Parser(
+        allow_abbrev=False,
+        prog="cleave-leakage",
+        description="Attacks on what the GPU worker sees, under every scheme; status 1 when the gate fails.",
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the tier that gates the build: the demo model, some minutes")
+    add("--model", metavar="DIR", help=f"a model folder or shape:NAME (default: the demo model, or {FULL_MODEL})")
+    add("--seed", type=int, default=0, metavar="N", help="of the script and of the attacks (default: 0)")
+    add("--transcripts", type=Path, metavar="DIR", help="where recordings are kept, and taken from if they are there")
+    add("--json", action="store_true", help="print the report as JSON instead of Markdown")
+    add("--markdown", type=Path, metavar="FILE", help="write the report there, too")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the matrix there")
+    options = parser.parse_args()
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    options.model = options.model or (str(DEMO_MODEL) if options.quick else FULL_MODEL)
+    return options
+
+
+def _require(options: argparse.Namespace) -> None:
+    """Before anything takes long. Raises PreconditionError."""
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        raise PreconditionError("attacks need scipy: pip install 'cleave[leakage]'") from None
+    if options.plot:
+        pictures.require(options.plot)
+
+
+def _commit() -> str:
+    """Of the code that was attacked; empty where that is not known."""
+    place = Path(__file__).parent
+    done = subprocess.run(("git", "describe", "--always", "--dirty"), cwd=place, capture_output=True, check=False)
+    return done.stdout.decode("ascii", "replace").strip()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise PreconditionError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _fail(progress: Progress, text: str, status: int) -> int:
+    progress.clear()
+    print(f"cleave-leakage: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The report in Markdown, from what --json prints: what is exposed by design, then the matrix, then every cell."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.leakage.cells import BROKEN, CHANCE, DESIGN, NOT_RUN
+from evaluation.leakage.suite import ATTACKS, PROTECTED, RELATIVES
+from evaluation.tables import table
+
+EXPOSED = (
+    "rows of each call, and so the length of every prompt, the size of every batch, and drafted rows",
+    "number and time of passes, and so the length of every answer and the speed of its making",
+    "shapes of tensors, and so the architecture; which public weights are multiplied",
+    "how many pads and sealed pages there are, and how large they are",
+    "which rank an adapter has, through time",
+)
+SHORT = {BROKEN: "**broken**", CHANCE: "chance", DESIGN: "by design", NOT_RUN: "-"}
+HOW_TO_READ = """\
+A client says a script of random prompts under every scheme, to real workers in real processes. The GPU worker records
+all that it receives, sends and holds (`cleave-gpu-worker --record DIR`). Each attack is given such a recording and the
+knowledge that its column names, and nothing else: an import contract keeps it from everything that is ours.
+
+- A cell shows the best that an attack recovers over its targets, and the verdict. Every target has a line further down.
+- **broken**: more was recovered than chance gives. Victims' tokens are drawn uniformly, so chance is known exactly; all
+  cells of `{protected}` together call a sound build broken once in a million runs (one-sided, Bonferroni).
+- **chance**: no more than chance, by an attack that broke `plain` in the same run. Where it did not, it is not run.
+- **by design**: what every scheme shows; see the list above.
+- **-**: not run: nothing is sent or held that the attack could be tried on. The reasons are in the JSON.
+- Below the line stand schemes that are broken on purpose, or that others have published. If one of them came out
+  unbroken the attacks would be at fault, and the run would fail.
+
+A clean row is evidence of sound plumbing, not a proof. The proof is the pad's: uniform words, used once. What no row
+here shows: microarchitectural leaks of a TEE, a second colluding worker, traffic on real networks, what the model's own
+answers give away."""
+
+
+def document(result: dict[str, Any], picture: Path | None = None) -> str:
+    """The whole report."""
+    gate = result["gate"]
+    passed = (
+        "The gate is passed." if not gate["failures"] else "**The gate fails:** " + "; ".join(gate["failures"]) + "."
+    )
+    lines = [
+        "# What the GPU worker learns",
+        "",
+        f"Printed by `cleave-leakage{' --quick' if result['tier'] == 'quick' else ''}`: {result['model']}, seed "
+        f"{result['seed']}, {result['prompts']} prompts of {result['tokens']} tokens; {result['machine']}. {passed}",
+        "",
+        "## Exposed by design, under every scheme that has a GPU worker",
+        "",
+        *(f"- {one}" for one in result["exposed_by_design"]),
+        "",
+        "## The matrix",
+        "",
+        *([f"![The matrix as a picture]({picture.name})", ""] if picture else []),
+        *matrix(result),
+        "",
+        "## How to read it",
+        "",
+        HOW_TO_READ.format(protected=PROTECTED),
+        "",
+        "## The attacks",
+        "",
+        *_attacks(),
+        "",
+        "## Every cell",
+        "",
+        *_every_cell(result),
+    ]
+    return "\n".join(lines)
+
+
+def matrix(result: dict[str, Any]) -> list[str]:
+    """A row for each scheme, a column for each attack."""
+    attacks = ordered(result, "attack")
+    relatives = {one.name for one in RELATIVES}
+    schemes = ordered(result, "scheme")
+    first = [scheme for scheme in schemes if scheme not in relatives]
+    rows = [[f"`{scheme}`", *(_short(best(result, scheme, attack)) for attack in attacks)] for scheme in first]
+    rows += [["*broken on purpose*", *("" for _ in attacks)]] if relatives & set(schemes) else []
+    rows += [
+        [scheme, *(_short(best(result, scheme, attack)) for attack in attacks)]
+        for scheme in schemes
+        if scheme in relatives
+    ]
+    return table(["scheme", *attacks], rows)
+
+
+def best(result: dict[str, Any], scheme: str, attack: str) -> dict[str, Any] | None:
+    """The cell with the most above chance: a broken one, if there is one."""
+    cells = [one for one in result["cells"] if (one["scheme"], one["attack"]) == (scheme, attack)]
+    rank = {BROKEN: 3, DESIGN: 2, CHANCE: 1, NOT_RUN: 0}
+    return max(cells, key=lambda one: (rank[one["verdict"]], one["estimate"] - one["chance"]), default=None)
+
+
+def ordered(result: dict[str, Any], field: str) -> list[str]:
+    """The values of a field of the cells, in the order in which they come first."""
+    return list(dict.fromkeys(one[field] for one in result["cells"]))
+
+
+def _short(cell: dict[str, Any] | None) -> str:
+    if cell is None or cell["verdict"] == NOT_RUN:
+        return SHORT[NOT_RUN]
+    return f"{_share(cell['estimate'])} {SHORT[cell['verdict']]}"
+
+
+def _attacks() -> list[str]:
+    rows = [[one.name, one.knowledge, (one.attack.__module__ or "").replace(".", "/") + ".py"] for one in ATTACKS]
+    return table(["attack", "what the attacker knows", "file, with source and steps"], rows)
+
+
+def _every_cell(result: dict[str, Any]) -> list[str]:
+    columns = ["scheme", "attack", "target", "metric", "hits of trials", "share", "95 %", "chance", "p", "verdict"]
+    return table(columns, [_line(one) for one in result["cells"] if one["verdict"] != NOT_RUN])
+
+
+def _line(one: dict[str, Any]) -> Sequence[str]:
+    interval = f"{_share(one['low'])} to {_share(one['high'])}"
+    counts = f"{one['hits']} of {one['trials']}"
+    numbers = [counts, _share(one["estimate"]), interval, f"{one['chance']:.2g}", f"{one['p']:.1g}"]
+    return [one["scheme"], one["attack"], one["target"], one["metric"], *numbers, one["verdict"]]
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".") if 0 < value < 1 else f"{value:.0f}"
