@@ -7,6 +7,9 @@ For each group of transforms a form that it leaves, taken at every place that is
 (3) sorted rows, for a fresh permutation of dims;
 (4) the space that the rows span, for a fresh mixing of rows, orthogonal or not, and a fixed transform of dims;
 (5) the singular values, for a fresh orthogonal mixing of rows and a fresh rotation of dims.
+
+Of (2) to (5) the logarithm of the distance is taken, so that one place where two prompts agree outweighs many where
+they do not.
 """
 
 from collections.abc import Sequence
@@ -34,10 +37,10 @@ def _at(view: View, place: tuple[str, int], ones: Sequence[int], others: Sequenc
     (spanned, values), (spanned_too, values_too) = _spectra(x), _spectra(y)
     return {
         "equal words": _equal(a, b),
-        "rows": _cosines(unit(x), unit(y)),
-        "sorted rows": _cosines(unit(np.sort(x, axis=-1)), unit(np.sort(y, axis=-1))),
-        "row spaces": _overlaps(spanned, spanned_too),
-        "singular values": _closeness(values, values_too),
+        "rows": _near(1 - _cosines(unit(x), unit(y))),
+        "sorted rows": _near(1 - _cosines(unit(np.sort(x, axis=-1)), unit(np.sort(y, axis=-1)))),
+        "row spaces": _near(1 - _overlaps(spanned, spanned_too)),
+        "singular values": _near(np.linalg.norm(values[:, None] - values_too[None], axis=-1)),
     }
 
 
@@ -79,7 +82,7 @@ def _overlaps(a: F32, b: F32) -> F32:
     return result
 
 
-def _closeness(a: F32, b: F32) -> F32:
-    """(5) Minus the logarithm of the distance: one place where two prompts agree outweighs many where they do not."""
-    result: F32 = -np.log(np.linalg.norm(a[:, None] - b[None], axis=-1) + np.float32(1e-6))
+def _near(distances: F32) -> F32:
+    """Larger is nearer; below float32's precision all are alike."""
+    result: F32 = -np.log(np.maximum(distances, np.float32(1e-6)))
     return result
