@@ -27,8 +27,8 @@ def part(view: View, known: Knowledge, what: str, layer: int, prompts: Sequence[
     if what == "input":
         return _input(view, known, layer, prompts)
     if view.has("qkv", layer):
-        y = view.rows("qkv", layer, prompts) * known.model.scales(layer, Linear.QKV)
-        y = y * _scale(view.rows("input", layer, prompts), known, layer) + known.model.bias(layer, Linear.QKV)
+        scale = known.model.scales(layer, Linear.QKV) * _scale(view.rows("input", layer, prompts), known, layer)
+        y = view.rows("qkv", layer, prompts) * scale + known.model.bias(layer, Linear.QKV)
         return known.model.split(y.astype(np.float32))[HEADS.index(what)]
     if what == "v":
         return view.rows("v", layer, prompts) if view.has("v", layer) else None

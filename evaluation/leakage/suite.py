@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.attacks import embedding, invariants, metadata
+from evaluation.attacks import codebook, distinguisher, embedding, invariants, metadata, sequential
 from evaluation.attacks.knowledge import Attack, Ints
 from evaluation.attacks.view import View
+from evaluation.leakage import relative_scores
 from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, Cell, cell, judged, not_run
 from evaluation.leakage.prompts import Script
 
@@ -27,6 +28,10 @@ class Entry:
 ATTACKS = (
     Entry("embedding", embedding.attack, "public weights"),
     Entry("invariants", invariants.attack, "public weights"),
+    Entry("sequential matching", sequential.attack, "public weights, the text so far"),
+    Entry("sequential matching, free-running", sequential.free_running, "public weights, how prompts begin"),
+    Entry("codebook", codebook.attack, "known prompts"),
+    Entry("distinguisher", distinguisher.attack, "chosen messages"),
     Entry("metadata", metadata.attack, "nothing", by_design=True),
 )
 
@@ -40,7 +45,10 @@ class Relative:
     shown_by: tuple[str, ...]
 
 
-RELATIVES: tuple[Relative, ...] = ()
+RELATIVES: tuple[Relative, ...] = (
+    Relative("scores on the GPU worker", relative_scores.scores_on_gpu, ("sequential matching",)),
+    Relative("probabilities on the GPU worker", relative_scores.probabilities_on_gpu, ("sequential matching",)),
+)
 
 BY_DESIGN = frozenset(entry.name for entry in ATTACKS if entry.by_design)
 
