@@ -31,9 +31,11 @@ Match = Callable[[F32, F32], Ints]  # rows [d, k] of one head, and the public on
 
 def attack(view: View, known: Knowledge) -> list[Finding]:
     """The order of the dims of every head, and the victims' tokens."""
-    if victims(view, known, "v", 0) is None:
+    parts = [part for what in HEADS if (part := victims(view, known, what, 0)) is not None]
+    if len(parts) < len(HEADS):
         return []
-    return [*(_recovered(view, known) if view.has("v") else []), *_inverted(view, known)]
+    heads = np.concatenate(parts, axis=1)
+    return [*(_recovered(view, known) if view.has("v") else []), *_inverted(view, known, heads)]
 
 
 def by_hash(rows: F32, public: F32) -> Ints:
@@ -83,11 +85,9 @@ def _recovered(view: View, known: Knowledge) -> list[Finding]:
     return [Fact(f"rows of W by {name}", "rows found", hits[name], trials, 1 / c.head_dim) for name in matches]
 
 
-def _inverted(view: View, known: Knowledge) -> list[Finding]:
-    """Steps 2 and 3."""
+def _inverted(view: View, known: Knowledge, heads: F32) -> list[Finding]:
+    """Steps 2 and 3, of the victims' q, k and v [rows, H+2K, d]."""
     model, c = known.model, known.model.config
-    parts = [victims(view, known, what, 0) for what in HEADS]
-    heads = np.concatenate([part for part in parts if part is not None], axis=1)
     if view.has("v"):
         public = _by_head(model.weight(0, Linear.QKV), known)
         order = np.broadcast_to(orders(held(view, known)[0], public), heads.shape)

@@ -8,10 +8,10 @@ import pytest
 from evaluation.attacks import weight_matching
 from evaluation.attacks.knowledge import Answers, Fact
 from evaluation.attacks.public_model import PublicModel
-from evaluation.attacks.view import View
+from evaluation.attacks.view import Place, View
 from evaluation.attacks.weight_matching import Match, by_direction, by_hash, by_sorted_hash, held, orders
 from evaluation.leakage.prompts import Script
-from evaluation.transcript import Exchange, Transcript
+from evaluation.transcript import Array, Exchange, Transcript
 from tests.evaluation.attacks import recorded, scenes
 from tests.evaluation.attacks.recorded import Shielded
 from wire.linears import Linear
@@ -69,6 +69,13 @@ def test_uniform_words_say_nothing(public: PublicModel, script: Script) -> None:
 
 def test_nothing_to_read_is_said_so(script: Script) -> None:
     assert weight_matching.attack(View.of(Transcript(()), script.knowledge.lengths), script.knowledge) == []
+
+
+def test_values_alone_are_left_to_others(public: PublicModel, script: Script) -> None:
+    def values(_: int, rows: dict[Place, Array]) -> dict[Place, Array]:
+        return {("v", 0): rows["v", 0]}
+
+    assert weight_matching.attack(recorded.plain(public, script).changed(values), script.knowledge) == []
 
 
 def test_other_weights_are_not_the_public_ones(shields: dict[str, Shielded], script: Script) -> None:
