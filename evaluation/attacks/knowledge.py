@@ -60,7 +60,8 @@ class Answers:
     linked: of each unlabelled message from the second on, whether it is the one before over again, 1 or 0;
     prompt lengths, answer lengths, kinds.
 
-    `pool`: how many answers there are to choose from; who guesses is right once in so many.
+    `pool`: how many answers there are to choose from; who guesses is right once in so many. `said` may have several
+    guesses for each question, [questions, guesses]: it is right if one of them is, and so is chance as many times.
     """
 
     target: str

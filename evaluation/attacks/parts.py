@@ -39,6 +39,16 @@ def part(view: View, known: Knowledge, what: str, layer: int, prompts: Sequence[
     return half.reshape(len(half), -1, c.head_dim)
 
 
+def rotated_keys(view: View, known: Knowledge, layer: int, prompts: Sequence[int]) -> F32 | None:
+    """k after RoPE [rows, K, d], as it was cached, or, of caches that were wiped, as it came back; None: not seen."""
+    if view.has("cache_k", layer) and not view.has("wiped_k", layer):
+        return view.rows("cache_k", layer, prompts)
+    if not view.has("qk_returned", layer):
+        return None
+    c, qk = known.model.config, view.rows("qk_returned", layer, prompts)
+    return qk[:, c.q_width :].reshape(len(qk), -1, c.head_dim)
+
+
 def victims(view: View, known: Knowledge, what: str, layer: int) -> F32 | None:
     """The victims' rows behind their prefix."""
     found = [part(view, known, what, layer, [number]) for number in known.victims]

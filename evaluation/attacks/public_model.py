@@ -103,7 +103,7 @@ class PublicModel:
         angles = positions[:, None, None] * self.config.inverse_frequencies().astype(np.float64)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         result = x.copy()
-        near, far = _pairs(dims, rope is not None and rope.interleaved)
+        near, far = pairs(dims, rope is not None and rope.interleaved)
         a, b = x[..., near], x[..., far]
         result[..., near], result[..., far] = a * cos - b * sin, a * sin + b * cos
         return result
@@ -196,6 +196,6 @@ def _repeat(x: F32, groups: int) -> F32:
     return np.repeat(x, groups, axis=-2)
 
 
-def _pairs(dims: int, interleaved: bool) -> tuple[slice, slice]:
+def pairs(dims: int, interleaved: bool) -> tuple[slice, slice]:
     """Which dims of a head turn together."""
     return (slice(0, dims, 2), slice(1, dims, 2)) if interleaved else (slice(0, dims // 2), slice(dims // 2, dims))
