@@ -148,4 +148,3 @@ def _fail(progress: Progress, text: str, status: int) -> int:
     progress.clear()
     print(f"cleave-leakage: {text}", file=sys.stderr)
     return status
-
