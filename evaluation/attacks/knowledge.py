@@ -18,6 +18,17 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Told:
+    """A victim's text, of which the attacker is told each token after his answer: he may use what stands before.
+
+    `candidates` [tokens behind the prefix, n]: what each token is one of, n known and uniformly likely words.
+    """
+
+    text: Ints
+    candidates: Ints
+
+
+@dataclass(frozen=True)
 class Knowledge:
     """Numbers of prompts are places in the transcript. `rng` is the only source of chance."""
 
@@ -26,6 +37,7 @@ class Knowledge:
     known: dict[int, Ints]  # prompts whose tokens the attacker knows, or chose
     victims: tuple[int, ...]  # those he wants
     prefix: Ints  # how every one of them begins: a system prompt
+    told: dict[int, Told] = field(default_factory=dict)  # victims whose text he is told as he goes
     again: tuple[int, ...] = ()  # each is one of `known` over again: which?
     labels: dict[int, int] = field(default_factory=dict)  # of messages that the attacker made himself: 0 or 1
     unlabelled: tuple[int, ...] = ()  # messages of one or the other kind
@@ -36,16 +48,20 @@ class Knowledge:
 
     @property
     def rng(self) -> np.random.Generator:
-        """Always the same."""
-        return np.random.default_rng(self.seed)
+        """Always the same, and not the one that prompts were drawn from."""
+        return np.random.default_rng([self.seed, 1])
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the attacker says, in order, about `of`: tokens (of the victims, behind the prefix), again, unlabelled,
+    """What the attacker says, in order, about `of`.
+
+    tokens: of the victims, behind the prefix; told: the same, of the victims that he is told; again; unlabelled;
+    linked: of each unlabelled message from the second on, whether it is the one before over again, 1 or 0;
     prompt lengths, answer lengths, kinds.
 
-    `pool`: how many answers there are to choose from; who guesses is right once in so many.
+    `pool`: how many answers there are to choose from; who guesses is right once in so many. `said` may have several
+    guesses for each question, [questions, guesses]: it is right if one of them is, and so is chance as many times.
     """
 
     target: str

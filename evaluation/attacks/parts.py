@@ -27,8 +27,8 @@ def part(view: View, known: Knowledge, what: str, layer: int, prompts: Sequence[
     if what == "input":
         return _input(view, known, layer, prompts)
     if view.has("qkv", layer):
-        y = view.rows("qkv", layer, prompts) * known.model.scales(layer, Linear.QKV)
-        y = y * _scale(view.rows("input", layer, prompts), known, layer) + known.model.bias(layer, Linear.QKV)
+        scale = known.model.scales(layer, Linear.QKV) * _scale(view.rows("input", layer, prompts), known, layer)
+        y = view.rows("qkv", layer, prompts) * scale + known.model.bias(layer, Linear.QKV)
         return known.model.split(y.astype(np.float32))[HEADS.index(what)]
     if what == "v":
         return view.rows("v", layer, prompts) if view.has("v", layer) else None
@@ -37,6 +37,16 @@ def part(view: View, known: Knowledge, what: str, layer: int, prompts: Sequence[
     qk, c = view.rows("qk", layer, prompts), known.model.config
     half = qk[:, : c.q_width] if what == "q" else qk[:, c.q_width :]
     return half.reshape(len(half), -1, c.head_dim)
+
+
+def rotated_keys(view: View, known: Knowledge, layer: int, prompts: Sequence[int]) -> F32 | None:
+    """k after RoPE [rows, K, d], as it was cached, or, of caches that were wiped, as it came back; None: not seen."""
+    if view.has("cache_k", layer) and not view.has("wiped_k", layer):
+        return view.rows("cache_k", layer, prompts)
+    if not view.has("qk_returned", layer):
+        return None
+    c, qk = known.model.config, view.rows("qk_returned", layer, prompts)
+    return qk[:, c.q_width :].reshape(len(qk), -1, c.head_dim)
 
 
 def victims(view: View, known: Knowledge, what: str, layer: int) -> F32 | None:

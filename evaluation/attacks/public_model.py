@@ -103,7 +103,7 @@ class PublicModel:
         angles = positions[:, None, None] * self.config.inverse_frequencies().astype(np.float64)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         result = x.copy()
-        near, far = _pairs(dims, rope is not None and rope.interleaved)
+        near, far = pairs(dims, rope is not None and rope.interleaved)
         a, b = x[..., near], x[..., far]
         result[..., near], result[..., far] = a * cos - b * sin, a * sin + b * cos
         return result
@@ -125,14 +125,16 @@ class PublicModel:
                 x = self._finish(number, x, held[-1].attention)
         return held
 
+    def turned(self, number: int, q: F32, k: F32, positions: Ids) -> tuple[F32, F32]:
+        """q and k [..., t, heads, d] of a layer as they enter attention: normed, where the model does, and rotated."""
+        if self.config.qk_norm:
+            q, k = self.normed(q, Name(Kind.Q_NORM, number)), self.normed(k, Name(Kind.K_NORM, number))
+        return self.rotate(q, positions), self.rotate(k, positions)
+
     def _hold(self, number: int, x: F32, positions: Ids, shared: tuple[F32, F32] | None) -> Layer:
         normed = self.normed(x, Name(Kind.ATTENTION_NORM, number))
         q, k, v = self.split(self._linear(number, Linear.QKV, normed))
-        ready_q, ready_k = q, k
-        if self.config.qk_norm:
-            ready_q = self.normed(q, Name(Kind.Q_NORM, number))
-            ready_k = self.normed(k, Name(Kind.K_NORM, number))
-        q_rotated, k_rotated = self.rotate(ready_q, positions), self.rotate(ready_k, positions)
+        q_rotated, k_rotated = self.turned(number, q, k, positions)
         a = attend(q_rotated, k_rotated, v, shared)
         return Layer(x, normed, q, k, v, q_rotated, k_rotated, a)
 
@@ -143,8 +145,9 @@ class PublicModel:
         return x + self._linear(number, Linear.DOWN, gate / (1 + np.exp(-gate)) * value)
 
     def _linear(self, number: int, linear: Linear, x: F32) -> F32:
-        y: F32 = x @ self.weight(number, linear).T + self.bias(number, linear)
-        return y
+        rows = x.reshape(-1, x.shape[-1])  # numpy multiplies a stack one by one
+        y: F32 = rows @ self.weight(number, linear).T + self.bias(number, linear)
+        return y.reshape(*x.shape[:-1], -1)
 
     def normed(self, x: F32, gain: Name) -> F32:
         """RMSNorm over the last axis, times a gain."""
@@ -193,6 +196,6 @@ def _repeat(x: F32, groups: int) -> F32:
     return np.repeat(x, groups, axis=-2)
 
 
-def _pairs(dims: int, interleaved: bool) -> tuple[slice, slice]:
+def pairs(dims: int, interleaved: bool) -> tuple[slice, slice]:
     """Which dims of a head turn together."""
     return (slice(0, dims, 2), slice(1, dims, 2)) if interleaved else (slice(0, dims // 2), slice(dims // 2, dims))

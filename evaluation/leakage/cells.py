@@ -88,8 +88,9 @@ def threshold(cells: list[Cell], protected: str, by_design: frozenset[str]) -> f
 
 
 def _compared(answers: Answers, truth: Mapping[str, Ints]) -> Fact:
-    right = truth[answers.of]
-    if answers.said.shape != right.shape:
+    right, said = truth[answers.of], answers.said
+    said = said[:, None] if said.ndim == 1 else said
+    if said.ndim != 2 or len(said) != len(right):
         raise ValueError(f"{answers.target}: {answers.said.shape} answers to {right.shape} questions")
-    hits = int((answers.said == right).sum())
-    return Fact(answers.target, f"{answers.of}, top-1", hits, len(right), 1 / answers.pool)
+    hits, guesses = int((said == right[:, None]).any(axis=1).sum()), said.shape[1]
+    return Fact(answers.target, f"{answers.of}, top-{guesses}", hits, len(right), guesses / answers.pool)

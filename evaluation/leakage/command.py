@@ -33,16 +33,15 @@ FULL_MODEL = "shape:qwen2.5-0.5b"
 SCHEMA = 1
 
 
-def main() -> None:
+def run() -> int:
     """Status 0: the gate is passed; 1: it is not, or something went wrong."""
     options, progress = _parse(), Progress(sys.stderr)
     try:
-        status = _run(options, progress)
+        return _run(options, progress)
     except CleaveError as error:
-        status = _fail(progress, one_line(str(error)), 1)
+        return _fail(progress, one_line(str(error)), 1)
     except KeyboardInterrupt:
-        status = _fail(progress, "interrupted", INTERRUPTED)
-    sys.exit(status)
+        return _fail(progress, "interrupted", INTERRUPTED)
 
 
 def measure(folder: Path, quick: bool, seed: int, transcripts: Path, progress: Progress) -> dict[str, Any]:
@@ -149,7 +148,3 @@ def _fail(progress: Progress, text: str, status: int) -> int:
     progress.clear()
     print(f"cleave-leakage: {text}", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    main()

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from evaluation import pictures
-from evaluation.leakage.cells import DESIGN, NOT_RUN
-from evaluation.leakage.report import best, ordered
+from evaluation.leakage.cells import CHANCE, DESIGN, NOT_RUN
+from evaluation.leakage.report import best, ordered, schemes
 
 RED_TO_BLUE = "RdYlBu_r"
 HATCH = "////"  # over what every scheme shows
@@ -15,18 +15,19 @@ HATCH = "////"  # over what every scheme shows
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the picture of what --json prints. Raises PreconditionError when it cannot be written."""
-    schemes, attacks = ordered(result, "scheme"), ordered(result, "attack")
-    shares = np.full((len(schemes), len(attacks)), np.nan)
-    figure = pictures.blank(2.6 + 0.95 * len(attacks), 2.2 + 0.42 * len(schemes))
+    offered, broken = schemes(result)
+    rows, attacks = [*offered, *broken], ordered(result, "attack")
+    shares = np.full((len(rows), len(attacks)), np.nan)
+    figure = pictures.blank(2.6 + 0.62 * len(attacks), 2.2 + 0.36 * len(rows))
     axes = figure.subplots()
-    for y, scheme in enumerate(schemes):
+    for y, scheme in enumerate(rows):
         for x, attack in enumerate(attacks):
             cell = best(result, scheme, attack)
             if cell is None or cell["verdict"] == NOT_RUN:
                 continue
-            shares[y, x] = above_chance(cell)
+            shares[y, x] = 0 if cell["verdict"] == CHANCE else above_chance(cell)
             light = "white" if not 0.2 < shares[y, x] < 0.8 else "black"
-            axes.text(x, y, f"{cell['estimate']:.2f}", ha="center", va="center", fontsize=7, color=light)
+            axes.text(x, y, f"{cell['estimate']:.2f}", ha="center", va="center", fontsize=7, color=light, zorder=3)
             if cell["verdict"] == DESIGN:
                 axes.fill_between(
                     (x - 0.5, x + 0.5), y - 0.5, y + 0.5, facecolor="none", hatch=HATCH, edgecolor="white"
@@ -34,10 +35,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_facecolor("lightgrey")
     axes.imshow(shares, cmap=RED_TO_BLUE, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(attacks)), attacks, rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(len(schemes)), schemes, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.axhline(len(offered) - 0.5, color="black", linewidth=3)
     axes.set_title(
         f"{result['model']}: what each attack recovers at best\n"
-        "red: all of it; blue: no more than chance; grey: nothing for it is sent; hatched: shown by design",
+        "red: all of it; blue: no more than chance; grey: nothing for it is sent; hatched: shown by design;\n"
+        "below the line: broken on purpose",
         fontsize=9,
     )
     pictures.save(figure, path)

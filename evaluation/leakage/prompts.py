@@ -5,13 +5,13 @@ whatever rule he guesses by, so what chance can do is known and not estimated. A
 and no harder to protect.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks.knowledge import Knowledge
+from evaluation.attacks.knowledge import Knowledge, Told
 from evaluation.attacks.public_model import PublicModel
 
 Ints = npt.NDArray[np.int64]
@@ -24,16 +24,30 @@ class Sizes:
     known: int
     victims: int
     again: int
-    messages: int  # of each class: half of them labelled
+    told: int  # of the victims
+    labelled: int  # messages of two classes
+    unlabelled: int
     known_tokens: int
     victim_tokens: int
     repeated_tokens: int
     metered: int  # conversations of two kinds, of random lengths; half of them labelled
     prefix: int = 2
+    candidates: int = 0  # what each told token is one of; 0: the whole vocabulary
 
 
-QUICK = Sizes(48, 24, 24, 24, known_tokens=8, victim_tokens=16, repeated_tokens=160, metered=32)
-FULL = Sizes(24, 12, 16, 16, known_tokens=8, victim_tokens=16, repeated_tokens=160, metered=16)
+QUICK = Sizes(
+    known=48,
+    victims=24,
+    again=24,
+    told=4,
+    labelled=12,
+    unlabelled=36,
+    known_tokens=8,
+    victim_tokens=16,
+    repeated_tokens=160,
+    metered=32,
+)
+FULL = replace(QUICK, known=16, victims=8, again=8, told=2, labelled=6, unlabelled=30, metered=8, candidates=256)
 KINDS = ((2, 9), (4, 8)), ((7, 17), (1, 5))  # least and most tokens of prompt and answer: a chat; a text to sum up
 
 
@@ -60,7 +74,8 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
     again = rng.integers(0, sizes.known, sizes.again)
     repeated = np.full(sizes.repeated_tokens, some(1)[0])
     messages = some(sizes.known_tokens), some(sizes.known_tokens)
-    classes = rng.permutation(np.repeat([0, 1], sizes.messages))
+    secret = rng.integers(0, 2, sizes.unlabelled)
+    classes = np.concatenate([np.arange(sizes.labelled) % 2, secret])
     kinds = rng.integers(0, 2, sizes.metered)
     lengths = np.array([[rng.integers(least, most + 1) for least, most in KINDS[kind]] for kind in kinds])
     metered = [some(prompt) for prompt, _ in lengths]
@@ -68,7 +83,9 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
     starts = np.cumsum([0, *map(len, parts)])
     places = [tuple(range(start, end)) for start, end in pairwise(starts)]
     said = dict(zip(places[4], classes, strict=True))
-    labelled, unlabelled = places[4][: sizes.messages], places[4][sizes.messages :]
+    labelled, unlabelled = places[4][: sizes.labelled], places[4][sizes.labelled :]
+    pools = np.random.default_rng([seed, 2])
+    told = {places[1][one]: _told(victims[one], sizes, vocabulary, pools) for one in range(sizes.told)}
     prompts = tuple(prompt for part in parts for prompt in part)
     answers = [1] * (len(prompts) - sizes.metered) + [int(answer) for _, answer in lengths]
     knowledge = Knowledge(
@@ -77,6 +94,7 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
         known=dict(zip(places[0], known, strict=True)),
         victims=places[1],
         prefix=prefix,
+        told=told,
         again=places[2],
         labels={place: int(said[place]) for place in labelled},
         unlabelled=unlabelled,
@@ -88,9 +106,20 @@ def script(model: PublicModel, sizes: Sizes, seed: int) -> Script:
     truth = {
         "tokens": np.concatenate([prompt[sizes.prefix :] for prompt in victims]),
         "again": again,
-        "unlabelled": np.array([said[place] for place in unlabelled]),
+        "told": np.concatenate([one.text[sizes.prefix :] for one in told.values()]),
+        "unlabelled": secret,
+        "linked": (secret[1:] == secret[:-1]).astype(np.int64),
         "prompt lengths": np.array([len(prompt) for prompt in prompts]),
         "answer lengths": np.array(answers),
         "kinds": kinds[sizes.metered // 2 :],
     }
     return Script(prompts, tuple(answers), truth, knowledge)
+
+
+def _told(text: Ints, sizes: Sizes, vocabulary: int, rng: np.random.Generator) -> Told:
+    """Each token among words drawn beside it, in order: which of them it is, nothing tells."""
+    pools = []
+    for token in text[sizes.prefix :]:
+        others = rng.choice(vocabulary - 1, (sizes.candidates or vocabulary) - 1, replace=False)
+        pools.append(np.sort(np.append(others + (others >= token), token)))
+    return Told(text, np.stack(pools))

@@ -74,17 +74,20 @@ def document(result: dict[str, Any], picture: Path | None = None) -> str:
 def matrix(result: dict[str, Any]) -> list[str]:
     """A row for each scheme, a column for each attack."""
     attacks = ordered(result, "attack")
-    relatives = {one.name for one in RELATIVES}
-    schemes = ordered(result, "scheme")
-    first = [scheme for scheme in schemes if scheme not in relatives]
-    rows = [[f"`{scheme}`", *(_short(best(result, scheme, attack)) for attack in attacks)] for scheme in first]
-    rows += [["*broken on purpose*", *("" for _ in attacks)]] if relatives & set(schemes) else []
-    rows += [
-        [scheme, *(_short(best(result, scheme, attack)) for attack in attacks)]
-        for scheme in schemes
-        if scheme in relatives
-    ]
-    return table(["scheme", *attacks], rows)
+
+    def row(name: str, scheme: str) -> list[str]:
+        return [name, *(_short(best(result, scheme, attack)) for attack in attacks)]
+
+    offered, broken = schemes(result)
+    rows = [row(f"`{scheme}`", scheme) for scheme in offered]
+    rows += [["*broken on purpose*", *("" for _ in attacks)]] if broken else []
+    return table(["scheme", *attacks], [*rows, *(row(scheme, scheme) for scheme in broken)])
+
+
+def schemes(result: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Those that are offered, and those that are broken on purpose."""
+    found, relatives = ordered(result, "scheme"), {one.name for one in RELATIVES}
+    return [one for one in found if one not in relatives], [one for one in found if one in relatives]
 
 
 def best(result: dict[str, Any], scheme: str, attack: str) -> dict[str, Any] | None:

@@ -4,9 +4,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.attacks import embedding, invariants, metadata
+from evaluation.attacks import (
+    block_algebra,
+    cached,
+    codebook,
+    distinguisher,
+    embedding,
+    invariants,
+    metadata,
+    procrustes,
+    repeated_token,
+    rope_crossing,
+    sequential,
+    weight_matching,
+)
 from evaluation.attacks.knowledge import Attack, Ints
 from evaluation.attacks.view import View
+from evaluation.leakage import relative_rotations, relative_scores
 from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, Cell, cell, judged, not_run
 from evaluation.leakage.prompts import Script
 
@@ -27,6 +41,18 @@ class Entry:
 ATTACKS = (
     Entry("embedding", embedding.attack, "public weights"),
     Entry("invariants", invariants.attack, "public weights"),
+    Entry("sequential matching", sequential.attack, "public weights, the text so far"),
+    Entry("sequential matching, free-running", sequential.free_running, "public weights, how prompts begin"),
+    Entry("codebook", codebook.attack, "known prompts"),
+    Entry("distinguisher", distinguisher.attack, "chosen messages"),
+    Entry("weight matching", weight_matching.attack, "public weights"),
+    Entry("rope crossing", rope_crossing.attack, "nothing but the rule of rotation", everywhere=False),
+    Entry("repeated token", repeated_token.attack, "a chosen prompt"),
+    Entry("procrustes", procrustes.attack, "public weights, known prompts"),
+    Entry("block algebra", block_algebra.attack, "public weights, a chosen prompt"),
+    Entry("cache", cached.copied, "public weights; the cache alone", everywhere=False),
+    Entry("cache, no model", cached.linked, "the cache alone", everywhere=False),
+    Entry("cache at rest", cached.at_rest, "public weights; the cache at rest", everywhere=False),
     Entry("metadata", metadata.attack, "nothing", by_design=True),
 )
 
@@ -40,12 +66,30 @@ class Relative:
     shown_by: tuple[str, ...]
 
 
-RELATIVES: tuple[Relative, ...] = ()
+RELATIVES: tuple[Relative, ...] = (
+    Relative("scores on the GPU worker", relative_scores.scores_on_gpu, ("sequential matching",)),
+    Relative("probabilities on the GPU worker", relative_scores.probabilities_on_gpu, ("sequential matching",)),
+    Relative("static rotation", relative_rotations.static_rotation, ("invariants", "procrustes")),
+    Relative("scaled permutation", relative_rotations.scaled_permutation, ("invariants", "procrustes")),
+    Relative("mixed blocks", relative_rotations.mixed_blocks, ("block algebra",)),
+)
 
 BY_DESIGN = frozenset(entry.name for entry in ATTACKS if entry.by_design)
 
 # What published attacks are worth, and so the least that these must recover: scheme, attack, share.
-BARS: tuple[tuple[str, str, float], ...] = (("kv-shield", "invariants", CONTROLLED),)
+BARS: tuple[tuple[str, str, float], ...] = (
+    ("kv-shield", "invariants", CONTROLLED),
+    ("kv-shield", "weight matching", 0.99),
+    ("kv-shield", "rope crossing", 0.99),
+    ("kv-shield", "cache", CONTROLLED),
+    ("kv-shield --rotate-every", "cache", CONTROLLED),
+    ("kv-shield --rotate-every", "repeated token", CONTROLLED),
+    ("mixed blocks", "block algebra", CONTROLLED),
+    ("mixed blocks", "cache, no model", CONTROLLED),
+)
+
+# What an option protects: scheme, attack. Every cell must be at chance.
+HOLDS: tuple[tuple[str, str], ...] = (("kv-shield --seal-idle", "cache at rest"),)
 
 
 def attacked(
@@ -97,4 +141,5 @@ def failures(
     for scheme, attack, least in BARS:
         if best(scheme, attack) < least:
             found.append(f"{attack} recovers {best(scheme, attack):.3f} of {scheme}, known to give {least}")
-    return found
+    weak = [(scheme, attack) for scheme, attack in HOLDS if {one.verdict for one in of(scheme, attack)} != {CHANCE}]
+    return found + [f"{scheme} does not hold against {attack}" for scheme, attack in weak]

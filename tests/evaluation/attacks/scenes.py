@@ -12,7 +12,18 @@ from evaluation.transcript import Array, Event, Exchange, Transcript
 from wire.linears import Linear
 from wire.v1 import gpu_worker_pb2 as pb
 
-SIZES = Sizes(12, 8, 8, 8, known_tokens=5, victim_tokens=8, repeated_tokens=40, metered=8)
+SIZES = Sizes(
+    known=12,
+    victims=8,
+    again=8,
+    told=2,
+    labelled=6,
+    unlabelled=30,
+    known_tokens=5,
+    victim_tokens=8,
+    repeated_tokens=40,
+    metered=8,
+)
 X_LIMIT = 1 << 20
 Change = Callable[[Array], Array]
 

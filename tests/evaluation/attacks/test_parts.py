@@ -28,7 +28,9 @@ def test_held_tensors_are_taken_as_they_are(public: PublicModel, script: Script)
     events = tuple(Held(name, 0, tensor) for name, tensor in tensors)
     view = View.of(Transcript(events), [len(ids)])
     for what, truth in (("input", held.input), ("q", held.q), ("k", held.k), ("v", held.v)):
-        np.testing.assert_allclose(part(view, script.knowledge, what, 0, [0]), truth[0], atol=1e-5)
+        found = part(view, script.knowledge, what, 0, [0])
+        assert found is not None
+        np.testing.assert_allclose(found, truth[0], atol=1e-5)
 
 
 def test_rows_of_the_prefix_are_left_out(public: PublicModel, script: Script) -> None:

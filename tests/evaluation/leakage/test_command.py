@@ -13,7 +13,7 @@ from evaluation.leakage.cells import CHANCE, NOT_RUN
 from evaluation.leakage.report import best
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMAND = [sys.executable, "-m", "evaluation.leakage.command"]
+COMMAND = [sys.executable, "-m", "evaluation.leakage"]
 
 
 def leakage(*flags: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:

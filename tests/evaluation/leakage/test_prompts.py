@@ -48,9 +48,32 @@ def test_the_truth_is_in_the_prompts() -> None:
         messages = {label: said.prompts[place] for place, label in known.labels.items()}
         for place, label in zip(known.unlabelled, said.truth["unlabelled"], strict=True):
             np.testing.assert_array_equal(said.prompts[place], messages[label])
+        told = [said.prompts[place][len(known.prefix) :] for place in known.told]
+        np.testing.assert_array_equal(said.truth["told"], np.concatenate(told))
+        secret = said.truth["unlabelled"]
+        np.testing.assert_array_equal(said.truth["linked"], secret[1:] == secret[:-1])
         assert len(set(said.prompts[known.repeated or 0])) == 1
         assert known.lengths == tuple(map(len, said.prompts))
         assert min(known.lengths) > 1  # single rows are an answer's
+
+
+def test_each_told_token_is_one_of_its_candidates() -> None:
+    """Once, among as many words as were asked for, and neither first nor last more often than others."""
+    for sizes, pool in ((QUICK, 2048), (FULL, FULL.candidates)):
+        for told in script(MODEL, sizes, 0).knowledge.told.values():
+            assert told.candidates.shape == (sizes.victim_tokens - sizes.prefix, pool)
+            assert all(len(set(row)) == pool for row in told.candidates)
+            assert (told.candidates == told.text[sizes.prefix :, None]).sum(axis=1).tolist() == [1] * len(
+                told.candidates
+            )
+    every = [one for seed in range(20) for one in script(MODEL, FULL, seed).knowledge.told.values()]
+    ranks = np.concatenate([(one.candidates < one.text[FULL.prefix :, None]).sum(axis=1) for one in every])
+    assert abs(ranks.mean() / FULL.candidates - 0.5) < 0.06  # 560 ranks: five standard deviations
+
+
+def test_labelled_messages_are_of_both_classes() -> None:
+    for seed in range(20):
+        assert set(script(MODEL, FULL, seed).knowledge.labels.values()) == {0, 1}
 
 
 def test_no_victim_is_known() -> None:

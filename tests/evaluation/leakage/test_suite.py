@@ -1,6 +1,7 @@
 """The gate: what must come out, comes out, or the build fails."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,14 @@ from evaluation.leakage.prompts import Script
 from evaluation.leakage.suite import Entry, Relative, attacked, failures
 from tests.evaluation.leakage.samples import ASKED, entry, view
 
-SCRIPT = Script((), (), {}, None)  # type: ignore[arg-type]  (nothing is asked here)
+NOBODY: Any = None  # is asked anything here
+SCRIPT = Script((), (), {}, NOBODY)
 
 
 @pytest.fixture(autouse=True)
 def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "BARS", ())
+    monkeypatch.setattr(suite, "HOLDS", ())
 
 
 def gate(hits: Mapping[str, int], shown_by: tuple[str, ...] = (), **more: bool) -> list[str]:
@@ -56,6 +59,14 @@ def test_published_figures_are_reached_or_it_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(suite, "BARS", (("weak", "look", 0.99),))
     assert gate({"plain": ASKED, "secure-infer": 0, "weak": ASKED}) == []
     assert gate({"plain": ASKED, "secure-infer": 0, "weak": 190}) == ["look recovers 0.950 of weak, known to give 0.99"]
+
+
+def test_an_option_protects_as_it_says_or_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "HOLDS", (("weak", "look"),))
+    assert gate({"plain": ASKED, "secure-infer": 0, "weak": 0}) == []
+    said = ["weak does not hold against look"]
+    assert gate({"plain": ASKED, "secure-infer": 0, "weak": 20}) == said
+    assert gate({"plain": ASKED, "secure-infer": 0}) == said
 
 
 def test_cells_come_attack_by_attack() -> None:
