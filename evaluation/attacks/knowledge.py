@@ -42,7 +42,8 @@ class Knowledge:
 class Answers:
     """What the attacker says, in order, about `of`: tokens (of the victims, behind the prefix), again, unlabelled.
 
-    `pool`: how many answers there are to choose from; who guesses is right once in so many.
+    `pool`: how many answers there are to choose from; who guesses is right once in so many. `said` may have several
+    guesses for each question, [questions, guesses]: it is right if one of them is, and so is chance as many times.
     """
 
     target: str

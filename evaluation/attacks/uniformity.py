@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks.crossed import Words, crossed, words
+from evaluation.attacks.crossed import Words, as_words, crossed, recurring
 from evaluation.attacks.knowledge import Fact, Finding, Knowledge
 from evaluation.attacks.view import View
 
@@ -29,13 +29,14 @@ WINDOW, NUMBERS = 32, 30  # of the words of a window, so many look like numbers
 SMALL = 1 << 24  # |x_q| stays below
 EXPONENTS = range(127 - 30, 127 + 15)  # of float32: from 2^-30 to 2^15
 LIKELY = 2.0**-7 + len(EXPONENTS) / 256  # that a uniform word looks like a number, at most
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: of two halves of a block, one key
 
 Counts = npt.NDArray[np.int64]  # [4, 256]: of each byte
 
 
 def attack(view: View, known: Knowledge) -> list[Finding]:
     """Facts, one for each kind of count."""
-    places = [words(tensors) for tensors in crossed(view.transcript).values()]
+    places = [as_words(rows) for rows in crossed(view.transcript)]
     if not places:
         return []
     return [
@@ -59,8 +60,8 @@ def along(rows: Words) -> Words:
     return rows[1:even:2] - rows[0:even:2]
 
 
-def _bytes(target: str, places: list[list[Words]], seen: Callable[[Words], Words]) -> list[Finding]:
-    counts = [np.sum([count_bytes(seen(rows)) for rows in place], axis=0) for place in places]
+def _bytes(target: str, places: list[Words], seen: Callable[[Words], Words]) -> list[Finding]:
+    counts = [count_bytes(seen(rows)) for rows in places]
     tested = [one for one in (*counts, np.sum(counts, axis=0)) if one[0].sum() >= LEAST]
     if not tested:
         return []
@@ -85,18 +86,16 @@ def chi_square(counts: Counts) -> float:
     return min(1.0, 2 * 4 * float(chi2.sf(statistics.max(), 255)))
 
 
-def _recurring(places: list[list[Words]]) -> list[Finding]:
+def _recurring(places: list[Words]) -> list[Finding]:
     """(4)"""
-    found = [[blocks(rows) for rows in place] for place in places]
-    by_place = [np.concatenate(place) for place in found]
-    every = np.concatenate(by_place)
-    if len(every) < 2:
+    by_place = [found for found in map(blocks, places) if len(found)]
+    if not by_place:
         return []
+    every = np.concatenate(by_place)
     owner = np.repeat(np.arange(len(by_place)), [len(one) for one in by_place])
-    mixed = every[:, 0] * np.uint64(0x9E3779B97F4A7C15) + every[:, 1]
-    order = np.argsort(mixed, kind="stable")
-    same = (every[order[1:]] == every[order[:-1]]).all(axis=1)
-    hits = len({*owner[order[1:][same]].tolist(), *owner[order[:-1][same]].tolist()})
+    one, other = recurring(every[:, 0] * MIX + every[:, 1], 64)
+    same = (every[one] == every[other]).all(axis=1)
+    hits = len({*owner[one[same]].tolist(), *owner[other[same]].tolist()})
     chance = min(1.0, len(every) ** 2 * 2.0**-129)
     return [Fact("blocks that recur", "places with one", hits, len(by_place), chance, chance if hits else 1.0)]
 
@@ -106,12 +105,11 @@ def blocks(rows: Words) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(rows[:, : rows.shape[1] // 4 * 4]).view(np.uint64).reshape(-1, 2)
 
 
-def _bare(places: list[list[Words]]) -> list[Finding]:
+def _bare(places: list[Words]) -> list[Finding]:
     """(5)"""
     from scipy.stats import binom
 
-    windows = [window_numbers(rows) for place in places for rows in place]
-    many = np.concatenate(windows)
+    many = np.concatenate([window_numbers(rows) for rows in places])
     if not len(many):
         return []
     chance = float(binom.sf(NUMBERS - 1, WINDOW, LIKELY))
@@ -124,5 +122,5 @@ def window_numbers(rows: Words) -> npt.NDArray[np.int64]:
     exponent = (rows >> np.uint32(23)) & np.uint32(255)
     number = (exponent >= EXPONENTS.start) & (exponent < EXPONENTS.stop)
     number |= rows + np.uint32(SMALL) < np.uint32(2 * SMALL)
-    many: npt.NDArray[np.int64] = number.reshape(-1, WINDOW).sum(axis=1)
+    many: npt.NDArray[np.int64] = number.reshape(-1, WINDOW).sum(axis=1, dtype=np.int64)
     return many

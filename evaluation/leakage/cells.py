@@ -87,8 +87,9 @@ def threshold(cells: list[Cell], protected: str, by_design: frozenset[str]) -> f
 
 
 def _compared(answers: Answers, script: Script) -> Fact:
-    truth = script.truth[answers.of]
-    if answers.said.shape != truth.shape:
+    truth, said = script.truth[answers.of], answers.said
+    said = said[:, None] if said.ndim == 1 else said
+    if said.ndim != 2 or len(said) != len(truth):
         raise ValueError(f"{answers.target}: {answers.said.shape} answers to {truth.shape} questions")
-    hits = int((answers.said == truth).sum())
-    return Fact(answers.target, f"{answers.of}, top-1", hits, len(truth), 1 / answers.pool)
+    hits, guesses = int((said == truth[:, None]).any(axis=1).sum()), said.shape[1]
+    return Fact(answers.target, f"{answers.of}, top-{guesses}", hits, len(truth), guesses / answers.pool)
