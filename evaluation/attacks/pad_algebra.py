@@ -25,7 +25,6 @@ from evaluation.attacks.view import View
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 
-FALL = 4.0  # of the singular values, where masks end and activations begin
 CHECKED = 16  # words that are compared modulo a span
 
 
@@ -36,7 +35,7 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
     if every is None or rows is None:
         return []
     table = known.model.first.input[:, 0]
-    rest = without(every, masks(every))
+    rest = without_masks(every)
     projected = (unit(rows @ rest) @ unit(table @ rest).T).argmax(axis=1)
     modulo = _modulo(view, known)
     return [
@@ -45,17 +44,13 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
     ]
 
 
-def masks(rows: F32) -> int:
-    """(1) How many directions masks fill: where singular values fall most, at least FALL-fold; else none."""
-    values = np.linalg.svd(rows, compute_uv=False)[: rows.shape[1] // 2 + 1]
-    falls = values[:-1] / np.maximum(values[1:], np.float32(1e-30))
-    return int(falls.argmax()) + 1 if len(falls) and falls.max() >= FALL else 0
-
-
-def without(rows: F32, directions: int) -> F32:
-    """(1) What takes the first principal directions away, [d, d]."""
-    first = np.linalg.svd(rows, full_matrices=False)[2][:directions]
-    result: F32 = np.eye(rows.shape[1], dtype=np.float32) - first.T @ first
+def without_masks(rows: F32) -> F32:
+    """(1) What takes the masks' directions away, [d, d]: up to where the spectrum falls most, at most half of them."""
+    wide = rows.astype(np.float64)
+    squares, directions = np.linalg.eigh(wide.T @ wide)
+    loudest = np.sqrt(np.maximum(squares[::-1], 1e-30))[: len(squares) // 2 + 1]
+    first = directions[:, ::-1][:, : int((loudest[:-1] / loudest[1:]).argmax()) + 1]
+    result: F32 = (np.eye(len(first)) - first @ first.T).astype(np.float32)
     return result
 
 
@@ -67,7 +62,7 @@ def _modulo(view: View, known: Knowledge) -> npt.NDArray[np.int64]:
     wanted = np.concatenate([seen[number][len(known.prefix) :] for number in known.victims])
     basis, pivots = span(found)
     free = np.setdiff1d(np.arange(table.shape[1]), pivots)[:CHECKED]
-    left, candidates = (reduced(rows, basis, pivots)[:, free] for rows in (wanted, table))
+    left, candidates = (reduced(rows, basis, pivots, free) for rows in (wanted, table))
     agree = np.array([(candidates == row).sum(axis=1) for row in left])
     said: npt.NDArray[np.int64] = agree.argmax(axis=1)
     return said
@@ -104,7 +99,7 @@ def span(rows: U32) -> tuple[U32, list[int]]:
     return basis, pivots
 
 
-def reduced(rows: U32, basis: U32, pivots: list[int]) -> U32:
-    """The same rows modulo the span: 0 at its columns."""
-    result: U32 = rows - rows[:, pivots] @ basis
+def reduced(rows: U32, basis: U32, pivots: list[int], columns: npt.NDArray[np.int64]) -> U32:
+    """Some columns of the same rows modulo the span, which is 0 at its pivots."""
+    result: U32 = rows[:, columns] - rows[:, pivots] @ basis[:, columns]
     return result

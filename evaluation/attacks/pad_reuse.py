@@ -60,10 +60,8 @@ def ring(rows: Array) -> I32:
 
 def keys(words: I32, starts: Ints) -> npt.NDArray[np.uint64]:
     """(2) Of 32 bits: 8 of each word, so rounded that small words of either sign have the same."""
-    found: npt.NDArray[np.uint64] = np.zeros(len(starts), np.uint64)
-    tops = ((words.view(np.uint32) + np.uint32(1 << (COARSE - 1))) >> np.uint32(COARSE)).astype(np.uint64)
-    for place in range(BLOCK):
-        found = found << np.uint64(32 - COARSE) | tops[starts + place]
+    tops = ((words.view(np.uint32) + np.uint32(1 << (COARSE - 1))) >> np.uint32(COARSE)).astype(np.uint8)
+    found: npt.NDArray[np.uint64] = tops.view(np.uint32)[starts // BLOCK].astype(np.uint64)
     return found
 
 
