@@ -26,7 +26,7 @@ BLOCK, STRETCH = 4, 16  # words
 CLOSE = 1 << 25  # |x_q - x_q'| stays below
 COARSE = 24  # low bits that a key leaves out
 FINE = float(1 << 20)  # the largest element of a float row, once it is of integers
-AT_ONCE = 1 << 16  # pairs
+AT_ONCE = 1 << 17  # pairs
 
 
 def attack(view: View, known: Knowledge) -> list[Finding]:
@@ -38,8 +38,9 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
     starts, owners = _stretches(places)
     one, other = recurring(keys(words, starts), 32)
     hit = np.zeros(int(owners[-1]) + 1, bool)
-    for first in range(0, len(one), AT_ONCE):
-        a, b = one[first : first + AT_ONCE], other[first : first + AT_ONCE]
+    turns = len(one) // AT_ONCE + 1
+    for turn in range(turns):
+        a, b = one[turn::turns], other[turn::turns]  # of all rows some in each turn
         new = ~(hit[owners[a]] & hit[owners[b]])  # what is known by now need not be compared
         a, b = a[new], b[new]
         near = close(words, starts[a], starts[b])
