@@ -7,7 +7,8 @@ from client.attestation.policy import Policy
 from client.session import Request, TrustedWorker, connect
 from client.turn import Pacing
 from deploy.local.child import Progress
-from deploy.local.cluster import Cluster, Settings
+from deploy.local.cluster import GPU_WORKER, Cluster, Settings
+from evaluation.leakage import residue
 from evaluation.leakage.prompts import Script
 
 PAD_SECONDS = 60.0
@@ -30,7 +31,9 @@ STAGED = (PLAIN, SPLIT, SHIELD, SECURE)
 
 
 def record(staged: Staged, folder: Path, script: Script, into: Path, progress: Progress) -> None:
-    """The script under one scheme, one conversation after the other, into `into`. Raises CleaveError."""
+    """The script under one scheme, one conversation after the other, into `into`; then what is left of it in the GPU
+    worker. Raises CleaveError.
+    """
     settings = Settings(
         folder,
         staged.scheme,
@@ -47,6 +50,7 @@ def record(staged: Staged, folder: Path, script: Script, into: Path, progress: P
             if staged.scheme == "secure-infer":
                 worker.await_pads(len(prompt) + 1, PAD_SECONDS, progress)
             _say(worker, request, [int(token) for token in prompt])
+        residue.search(cluster.pids[GPU_WORKER], into, script)
 
 
 def _say(worker: TrustedWorker, request: Request, prompt: list[int]) -> None:

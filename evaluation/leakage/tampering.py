@@ -36,7 +36,7 @@ TRIALS = 102_400  # rows of each kind
 TOGETHER = 4096
 CHANCE = 2.0**-32
 ROWS = 3  # of a pass
-BUDGET, BANK = 48 << 20, 64 << 20  # bytes
+BUDGET, BANK = 48 << 20, 8 << 20  # bytes
 SCHEMES = {"plain": "float32", "split": "int8", "secure-infer": "int8"}
 
 Array = npt.NDArray[Any]
@@ -103,9 +103,9 @@ def rows_within(rng: np.random.Generator, w_q: npt.NDArray[np.int8], rows: int) 
     return rng.integers(-limit, limit + 1, (rows, w_q.shape[1]), np.int32)
 
 
-def product(z: I32, w_q: npt.NDArray[np.int8]) -> U32:
+def product(z: I32, w_q: Array) -> U32:
     """z . W_q^T modulo 2^32, exact in float64."""
-    return (z.astype(np.float64) @ w_q.T.astype(np.float64)).astype(np.int64).astype(np.uint32)
+    return (z.astype(np.float64) @ w_q.T.astype(np.float64, copy=False)).astype(np.int64).astype(np.uint32)
 
 
 def passes(folder: Path, model: PublicModel, scheme: str, seed: int) -> dict[str, tuple[int, int]]:
@@ -156,7 +156,7 @@ class Liar:
 
     def __init__(self, model: PublicModel, rng: np.random.Generator) -> None:
         self._model, self._rng = model, rng
-        self._weights: dict[tuple[int, int], npt.NDArray[np.int8]] = {}
+        self._weights: dict[tuple[int, int], Array] = {}  # W_q as float64
         self._old: dict[tuple[int, int], U32] = {}
         self.answers = 0  # so far in this pass
         self._kind, self._call = "", -1
@@ -191,7 +191,8 @@ class Liar:
     def close(self) -> None:
         """There is no stream."""
 
-    def _weight(self, layer: int, number: int) -> npt.NDArray[np.int8]:
+    def _weight(self, layer: int, number: int) -> Array:
         if (layer, number) not in self._weights:
-            self._weights[layer, number] = quantize_rows(self._model.weight(layer, Linear(number)))[0]
+            w_q = quantize_rows(self._model.weight(layer, Linear(number)))[0]
+            self._weights[layer, number] = w_q.astype(np.float64)
         return self._weights[layer, number]

@@ -8,6 +8,7 @@ pass it modulo P, if an answer could hold one; errors that cancel in a row or be
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,14 @@ PRIME_MOD_RING = 15  # of P = 2^32 + 15
 
 @dataclass(frozen=True)
 class Case:
-    """Right products uint32 [m, n] of weights int8 [n, k], and what a replayed answer would be recovered as.
+    """Right products uint32 [m, n] of int8 weights [n, k], and what a replayed answer would be recovered as.
 
     `first`: how many rows were tried before, so that places can be gone through in order.
     """
 
     rng: np.random.Generator
     right: U32
-    weights: npt.NDArray[np.int8]
+    weights: npt.NDArray[Any]
     previous: U32
     first: int = 0
 
