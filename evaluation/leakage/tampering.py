@@ -30,6 +30,7 @@ from trusted_worker.secure_memory import Scratch, SecureMemory
 from wire.errors import VerificationError
 from wire.linears import BLOCK, Linear, LinearSpec, spec
 from wire.quantize import quantize_rows
+from wire.scratch import SUM_LIMBS
 from wire.v1 import gpu_worker_pb2 as pb
 
 TRIALS = 102_400  # rows of each kind
@@ -58,7 +59,7 @@ def checked(model: PublicModel, seed: int, trials: int) -> dict[str, tuple[int, 
     rng = np.random.default_rng([seed, 6])
     of = min((spec(model.config, 0, linear) for linear in BLOCK), key=lambda one: one.k * one.n)
     w_q = quantize_rows(model.weight(0, of.linear))[0]
-    check, counts = Check(of, w_q), {kind: (0, 0) for kind in KINDS}
+    check, counts = Check(of, w_q), dict.fromkeys(KINDS, (0, 0))
     for first in range(0, trials, TOGETHER):
         x_q = rows_within(rng, w_q, min(TOGETHER, trials - first))
         right, strange = product(x_q, w_q), rng.integers(-(1 << 31), 1 << 31, x_q.shape, np.int32)
@@ -92,7 +93,7 @@ class Check:
         """Which rows give that."""
         with self._scratch.frame():
             secret = self._verifier._secret(0, y_q.shape[1], self._scratch)
-            sums = verification.dots(secret, y_q.view(np.int32), verification.SUM_LIMBS, self._scratch)
+            sums = verification.dots(secret, y_q.view(np.int32), SUM_LIMBS, self._scratch)
         given = verification.residues(sums, verification.S_BITS)
         return np.array([one == other for one, other in zip(given, expected, strict=True)])
 

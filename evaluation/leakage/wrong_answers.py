@@ -87,7 +87,8 @@ def _other_input(case: Case) -> U32:
     """The right product of another row: one input is one more, or less."""
     columns = case.weights[:, case.rng.integers(0, case.weights.shape[1], len(case.right))].T
     signs = case.rng.choice(np.array([-1, 1], np.int32), len(case.right))[:, None]
-    return case.right + (columns * signs).astype(np.int32).view(np.uint32)
+    wrong: U32 = case.right + (columns * signs).astype(np.int32).view(np.uint32)
+    return wrong
 
 
 KINDS: dict[str, Wrong] = {
