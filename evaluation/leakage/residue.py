@@ -76,9 +76,9 @@ def matches(chunk: bytes, wanted: dict[bytes, list[int]]) -> set[int]:
     """(2) The numbers of prompts of which something lies in a chunk."""
     table, found = np.zeros(1 << BITS, bool), set[int]()
     table[_hash(np.frombuffer(b"".join(one[:HEAD] for one in wanted), np.uint64).reshape(-1, 2))] = True
-    for shift in (0, 4):
-        words = np.frombuffer(chunk, np.uint64, max(len(chunk) - shift, 0) // 8, shift)
-        pairs = np.lib.stride_tricks.sliding_window_view(words, 2) if len(words) > 1 else words[:0].reshape(0, 2)
+    for shift in (0, 4) if len(chunk) >= HEAD + 4 else ():
+        words = np.frombuffer(chunk, np.uint64, (len(chunk) - shift) // 8, shift)
+        pairs = np.lib.stride_tricks.sliding_window_view(words, 2)
         for place in np.flatnonzero(table[_hash(pairs)]):
             at = shift + 8 * int(place)
             found |= {number for one, numbers in wanted.items() if chunk.startswith(one, at) for number in numbers}

@@ -1,0 +1,57 @@
+"""The trial of the check: nothing passes it, everything passes where there is none, and a broken one is noticed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evaluation.attacks.public_model import PublicModel
+from evaluation.leakage import tampering
+from evaluation.leakage.wrong_answers import KINDS
+from trusted_worker import verification
+from wire.errors import VerificationError
+
+TRIALS = 512
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("llama-bf16-tied-sharded")
+
+
+def test_secure_infer_believes_nothing_and_the_others_everything(folder: Path) -> None:
+    found = tampering.facts(folder, folder, trials=TRIALS)
+    for scheme, share in (("plain", 1), ("split", 1), ("secure-infer", 0)):
+        assert [fact.target for fact in found[scheme]] == list(KINDS)
+        assert all(fact.hits == share * fact.trials for fact in found[scheme])
+    assert all(fact.trials == TRIALS + 5 for fact in found["secure-infer"])
+    assert all(fact.trials == 5 for fact in found["split"])  # each kind of linear, and the head
+
+
+def test_a_check_in_the_ring_is_seen_to_let_top_bits_through(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freivalds modulo 2^32 instead of a prime: 2^31 e_j passes half of the time."""
+    monkeypatch.setattr(verification, "PRIME", 1 << 32)
+    counts = tampering.checked(PublicModel(folder), 0, TRIALS)
+    passed, tried = counts["2^31 at one output"]
+    assert 0.3 < passed / tried < 0.7
+    assert counts["one more or less"][0] == 0
+
+
+def test_a_check_that_refuses_everything_measures_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tampering.Check, "expect", lambda check, x_q: [0] * len(x_q))
+    with pytest.raises(RuntimeError, match="refuses right products"):
+        tampering.checked(PublicModel(folder), 0, TRIALS)
+
+    def refuse(*_: object) -> bool:
+        raise VerificationError
+
+    monkeypatch.setattr(verification.Verifier, "accepts", refuse)
+    with pytest.raises(RuntimeError, match="refuses right products"):
+        tampering.passes(folder, "secure-infer", 0)
+
+
+def test_a_scheme_that_does_not_ask_the_check_is_caught_by_passes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification.Verifier, "accepts", lambda *_: True)
+    assert all(hits == tried for hits, tried in tampering.passes(folder, "secure-infer", 0).values())
