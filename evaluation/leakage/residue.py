@@ -47,7 +47,7 @@ def search(pid: int, recording: Path, script: Script) -> None:
     (recording / FILE).write_text(json.dumps(said))
 
 
-def fact(recording: Path, script: Script) -> Fact | str:
+def facts(recording: Path, script: Script) -> list[Fact] | str:
     """What was found, or why nothing is known. Raises PreconditionError for a recording that was not searched."""
     try:
         said = json.loads((recording / FILE).read_text())
@@ -58,7 +58,7 @@ def fact(recording: Path, script: Script) -> Fact | str:
     places, vocabulary = said["bytes"] / 4, script.knowledge.model.config.vocabulary
     chance = min(1.0, places * said["canaries"] * float(vocabulary) ** -WINDOW)
     hits = int(bool(said["found"]))
-    return Fact("token ids of any conversation", "found", hits, 1, chance, chance if hits else 1.0)
+    return [Fact("token ids of any conversation", "found", hits, 1, chance, chance if hits else 1.0)]
 
 
 def canaries(script: Script) -> dict[bytes, list[int]]:

@@ -43,7 +43,7 @@ def test_p_of_uniform_bytes_is_not_too_small_too_often() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_bare_numbers_fail_every_count(dtype: type) -> None:
-    rows = np.repeat((RNG.standard_normal((200, 64)) * 1e3).astype(dtype), 2, axis=0)
+    rows: npt.NDArray[np.generic] = np.repeat((RNG.standard_normal((200, 64)) * 1e3).astype(dtype), 2, axis=0)
     found = facts(rows, rows)
     assert all(fact.hits >= 0.95 * fact.trials for fact in found.values())
     assert all(p(fact) < 1e-12 for fact in found.values())

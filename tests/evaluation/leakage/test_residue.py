@@ -47,10 +47,10 @@ def holding(ids: list[int], width: int, file: Path, where: str) -> Iterator[int]
 def searched(pid: int, recording: Path, script: Script) -> Fact:
     recording.mkdir(exist_ok=True)
     residue.search(pid, recording, script)
-    found = residue.fact(recording, script)
+    found = residue.facts(recording, script)
     if isinstance(found, str):
         pytest.skip(found)
-    return found
+    return found[0]
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -81,12 +81,12 @@ def test_the_recording_itself_is_no_residue(tmp_path: Path, script: Script) -> N
 
 def test_a_process_that_cannot_be_read_is_a_reason_and_no_fact(tmp_path: Path, script: Script) -> None:
     residue.search(1 << 30, tmp_path, script)
-    assert "cannot be read" in str(residue.fact(tmp_path, script))
+    assert "cannot be read" in str(residue.facts(tmp_path, script))
 
 
 def test_a_recording_that_was_not_searched_is_refused(tmp_path: Path, script: Script) -> None:
     with pytest.raises(PreconditionError, match="record again"):
-        residue.fact(tmp_path, script)
+        residue.facts(tmp_path, script)
 
 
 def test_canaries_are_found_wherever_a_word_can_lie(script: Script) -> None:
