@@ -16,21 +16,27 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 X_LIMIT, Y_LIMIT = 1 << 24, 1 << 30
+AT_ONCE = 1 << 12  # rows
 
 
 def integers(model: PublicModel, x: F32, layer: int = 0) -> I32:
     """What enters qkv of a layer for rows [m, hidden] of its input, int32 [m, hidden]."""
-    wide = x.astype(np.float64)
+    result: I32 = np.empty(x.shape, np.int32)
     length = max_length(model, layer)
+    for start in range(0, len(x), AT_ONCE):
+        wide = x[start : start + AT_ONCE].astype(np.float64)
+        result[start : start + AT_ONCE] = np.rint(wide * factors(wide, length)[:, None])
+    return result
+
+
+def factors(x: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """1 / s_x of each row. `length`: of the longest row of the weights, squared."""
     by_one = Y_LIMIT / 127 - 0.5 * x.shape[1] - 1
     by_two = ((Y_LIMIT**2 - 1) // max(length, 1)) ** 0.5 - 0.5 * x.shape[1] ** 0.5 - 1
-    peak, ones = np.abs(wide).max(axis=1), np.abs(wide).sum(axis=1)
-    squares = np.sqrt((wide**2).sum(axis=1))
+    peak, ones, squares = np.abs(x).max(axis=1), np.abs(x).sum(axis=1), np.sqrt((x**2).sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         finest = np.minimum((X_LIMIT - 1) / peak, np.maximum(by_one / ones, by_two / squares)) * (1 - 1e-6)
-    factor = np.where(peak > 0, finest, 0.0)
-    result: I32 = np.rint(wide * factor[:, None]).astype(np.int32)
-    return result
+    return np.where(peak > 0, finest, 0.0)
 
 
 def max_length(model: PublicModel, layer: int) -> int:
