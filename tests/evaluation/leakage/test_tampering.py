@@ -37,7 +37,7 @@ def test_a_check_in_the_ring_is_seen_to_let_top_bits_through(folder: Path, monke
     counts = counted()
     tampering.checked(PublicModel(folder), 0, TRIALS, counts)
     passed, tried, *_ = counts["2^31 at one output"]
-    assert 0.3 < passed / tried < 0.7
+    assert 0.1 < passed / tried < 0.9  # as many of the 64 words of s are even
     assert counts["one more or less"].hits == 0
 
 
