@@ -22,8 +22,8 @@ from evaluation import pictures
 from evaluation.attacks.public_model import PublicModel
 from evaluation.attacks.view import View
 from evaluation.bench import INTERRUPTED, machine
-from evaluation.leakage import heatmap, report, stage, suite
-from evaluation.leakage.cells import FAMILY_ERROR, NOTHING_SENT, not_run, threshold
+from evaluation.leakage import heatmap, report, residue, stage, suite, table, tampering
+from evaluation.leakage.cells import FAMILY_ERROR, NOTHING_SENT, Cell, not_run, threshold
 from evaluation.leakage.prompts import FULL, QUICK, Script, script
 from evaluation.shapes import model_folder
 from evaluation.transcript import Transcript
@@ -52,8 +52,8 @@ def measure(folder: Path, quick: bool, seed: int, transcripts: Path, progress: P
         if not (transcripts / staged.name / stage.ANSWERS).is_file():
             stage.record(staged, folder, said, transcripts / staged.name, progress)
     progress.clear()
-    cells = _cells(said, transcripts, progress)
-    limit = threshold(cells, suite.PROTECTED, suite.BY_DESIGN)
+    cells = _cells(said, folder, transcripts, progress)
+    limit = threshold(cells, table.PROTECTED, table.BY_DESIGN)
     return {
         "schema": SCHEMA,
         "machine": machine(),
@@ -70,17 +70,22 @@ def measure(folder: Path, quick: bool, seed: int, transcripts: Path, progress: P
     }
 
 
-def _cells(said: Script, transcripts: Path, progress: Progress) -> list[Any]:
+def _cells(said: Script, folder: Path, transcripts: Path, progress: Progress) -> list[Cell]:
     views, answers = {}, {}
     for staged in stage.STAGED:
         views[staged.name] = View.of(Transcript.read(transcripts / staged.name), said.knowledge.lengths)
         answers[staged.name] = np.array(json.loads((transcripts / staged.name / stage.ANSWERS).read_text("ascii")))
-    for relative in suite.RELATIVES:
+    for relative in table.RELATIVES:
         progress(f"making {relative.name}", 0)
         views[relative.name] = relative.made(views, said)
-    cells = suite.attacked(views, said, suite.ATTACKS, answers, lambda what: progress(what, 0))
+    progress("giving wrong answers", 0)
+    measured: suite.Measured = {
+        "tampering": tampering.facts(folder, DEMO_MODEL, said.knowledge.seed),
+        "residue": {one.name: residue.facts(transcripts / one.name, said) for one in stage.STAGED},
+    }
+    cells = suite.attacked(views, said, measured=measured, answers=answers, progress=lambda what: progress(what, 0))
     progress.clear()
-    return [*cells, *(not_run("tee-only", one.name, one.knowledge, NOTHING_SENT) for one in suite.ATTACKS)]
+    return [*cells, *(not_run("tee-only", one.name, one.knowledge, NOTHING_SENT) for one in table.ATTACKS)]
 
 
 def _run(options: argparse.Namespace, progress: Progress) -> int:

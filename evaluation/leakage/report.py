@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.leakage.cells import BROKEN, CHANCE, DESIGN, NOT_RUN
-from evaluation.leakage.suite import ATTACKS, PROTECTED, RELATIVES
+from evaluation.leakage.table import ATTACKS, PROTECTED, RELATIVES, Entry
 from evaluation.tables import table
 
 EXPOSED = (
@@ -109,8 +109,13 @@ def _short(cell: dict[str, Any] | None) -> str:
 
 
 def _attacks() -> list[str]:
-    rows = [[one.name, one.knowledge, (one.attack.__module__ or "").replace(".", "/") + ".py"] for one in ATTACKS]
+    rows = [[one.name, one.knowledge, _file(one)] for one in ATTACKS]
     return table(["attack", "what the attacker knows", "file, with source and steps"], rows)
+
+
+def _file(one: Entry) -> str:
+    module = one.attack.__module__ if one.attack else f"evaluation.leakage.{one.name}"
+    return module.replace(".", "/") + ".py"
 
 
 def _every_cell(result: dict[str, Any]) -> list[str]:

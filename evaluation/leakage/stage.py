@@ -11,7 +11,8 @@ from client.costs import Case, cost
 from client.session import Request, TrustedWorker, connect
 from client.turn import Pacing
 from deploy.local.child import Progress
-from deploy.local.cluster import Cluster, Settings
+from deploy.local.cluster import GPU_WORKER, Cluster, Settings
+from evaluation.leakage import residue
 from evaluation.leakage.prompts import Script
 from evaluation.sizing import LEAST_BYTES
 from wire.errors import UnavailableError
@@ -44,7 +45,8 @@ STAGED = (PLAIN, SPLIT, SHIELD, RENEWED, AT_REST, SECURE)
 def record(staged: Staged, folder: Path, script: Script, into: Path, progress: Progress) -> None:
     """The script under one scheme, one conversation after the other, into `into`. Raises CleaveError.
 
-    Beside the recording it writes how many tokens each answer had: an end of text may cut one short.
+    Beside the recording it writes how many tokens each answer had, as an end of text may cut one short, and what is
+    left of the script in the GPU worker when all of it is over.
     """
     settings = Settings(
         folder,
@@ -70,6 +72,7 @@ def record(staged: Staged, folder: Path, script: Script, into: Path, progress: P
                 worker.await_pads(len(prompt) + answer, PAD_SECONDS, progress)
             tokens = [int(token) for token in prompt]
             answers.append(_say(worker, request, tokens, max(answer, staged.least), rest))
+        residue.search(cluster.pids[GPU_WORKER], into, script)
     (into / ANSWERS).write_text(json.dumps(answers), "ascii")
 
 

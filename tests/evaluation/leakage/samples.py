@@ -8,7 +8,7 @@ import numpy as np
 from evaluation.attacks.knowledge import Answers, Fact, Finding, Knowledge
 from evaluation.attacks.view import View
 from evaluation.leakage.cells import Cell, cell
-from evaluation.leakage.suite import Entry
+from evaluation.leakage.table import Entry
 from evaluation.transcript import Transcript
 
 POOL, ASKED = 1000, 200

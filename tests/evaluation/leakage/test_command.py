@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.leakage import suite
+from evaluation.leakage import table
 from evaluation.leakage.cells import CHANCE, NOT_RUN
 from evaluation.leakage.report import best
 
@@ -42,16 +42,16 @@ def test_the_gate_is_passed(result: dict[str, Any]) -> None:
 
 
 def test_the_protected_scheme_is_at_chance_wherever_it_is_attacked(result: dict[str, Any]) -> None:
-    mine = [cell for cell in result["cells"] if cell["scheme"] == suite.PROTECTED]
-    judged = [cell for cell in mine if cell["attack"] not in suite.BY_DESIGN]
+    mine = [cell for cell in result["cells"] if cell["scheme"] == table.PROTECTED]
+    judged = [cell for cell in mine if cell["attack"] not in table.BY_DESIGN]
     assert {cell["verdict"] for cell in judged} <= {CHANCE, NOT_RUN}
-    everywhere = {entry.name for entry in suite.ATTACKS if entry.everywhere and not entry.by_design}
+    everywhere = {entry.name for entry in table.ATTACKS if entry.everywhere and not entry.by_design}
     assert {cell["attack"] for cell in judged if cell["verdict"] == CHANCE} >= everywhere
 
 
 def test_every_attack_broke_the_control(result: dict[str, Any]) -> None:
-    for entry in suite.ATTACKS:
-        found = best(result, suite.CONTROL, entry.name)
+    for entry in table.ATTACKS:
+        found = best(result, table.CONTROL, entry.name)
         assert found is not None
         assert found["estimate"] >= 0.95, entry.name
 

@@ -9,7 +9,7 @@ import pytest
 from evaluation.leakage import heatmap, report
 from evaluation.leakage.cells import NOTHING_SENT, judged, not_run
 from evaluation.leakage.report import best, document, matrix
-from evaluation.leakage.suite import Relative
+from evaluation.leakage.table import Relative
 from tests.evaluation.leakage.samples import ASKED, one
 from wire.errors import PreconditionError
 

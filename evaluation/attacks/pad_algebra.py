@@ -1,0 +1,105 @@
+"""Pad algebra: additive masks that combine a pool of K < d pads, instead of being fresh.
+
+Source: the attacks on precomputed noise (arXiv 2602.11088), turned on inputs. Needs: public weights; (2) also prompts
+that are known. Reads: the rows that enter layer 0.
+
+(1) Masks over floats fill K directions, and with much more than activations have. Without those directions (principal
+    components, up to where the spectrum falls) the activation is left in d - K dimensions, to be compared with every
+    token's. No known text is needed.
+(2) Masks in the ring: geometry is void modulo 2^32, linear algebra is not. The scale of a row is a public rule of the
+    token (fixed_point.py), so a row of a known token gives its mask, exactly. Known masks span the pool; modulo that
+    span any other row's mask is 0, and what is left of it is its token's. Some K known rows are enough.
+
+Fresh masks leave (1) a spectrum that does not fall, (2) a span that is everything, or has no other mask in it.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.attacks import fixed_point
+from evaluation.attacks.embedding import unit
+from evaluation.attacks.knowledge import Answers, Finding, Knowledge
+from evaluation.attacks.parts import part, victims
+from evaluation.attacks.view import View
+
+F32 = npt.NDArray[np.float32]
+U32 = npt.NDArray[np.uint32]
+
+CHECKED = 16  # words that are compared modulo a span
+
+
+def attack(view: View, known: Knowledge) -> list[Finding]:
+    """The token that fits best, for each row."""
+    every = part(view, known, "input", 0, range(len(known.lengths)))
+    rows = victims(view, known, "input", 0)
+    if every is None or rows is None:
+        return []
+    table = known.model.first.input[:, 0]
+    rest = without_masks(every)
+    projected = (unit(rows @ rest) @ unit(table @ rest).T).argmax(axis=1)
+    modulo = _modulo(view, known)
+    return [
+        Answers("input, layer 0, without the masks' directions", "tokens", projected, len(table)),
+        Answers("input, layer 0, modulo the known masks", "tokens", modulo, len(table)),
+    ]
+
+
+def without_masks(rows: F32) -> F32:
+    """(1) What takes the masks' directions away, [d, d]: up to where the spectrum falls most, at most half of them."""
+    wide = rows.astype(np.float64)
+    squares, directions = np.linalg.eigh(wide.T @ wide)
+    loudest = np.sqrt(np.maximum(squares[::-1], 1e-30))[: len(squares) // 2 + 1]
+    first = directions[:, ::-1][:, : int((loudest[:-1] / loudest[1:]).argmax()) + 1]
+    result: F32 = (np.eye(len(first)) - first @ first.T).astype(np.float32)
+    return result
+
+
+def _modulo(view: View, known: Knowledge) -> npt.NDArray[np.int64]:
+    """(2)"""
+    seen = {number: _ring(view, known, number) for number in (*known.known, *known.victims)}
+    table = _table(view, known)
+    found = np.concatenate([seen[number] - table[ids] for number, ids in known.known.items()])
+    wanted = np.concatenate([seen[number][len(known.prefix) :] for number in known.victims])
+    basis, pivots = span(found)
+    free = np.setdiff1d(np.arange(table.shape[1]), pivots)[:CHECKED]
+    left, candidates = (reduced(rows, basis, pivots, free) for rows in (wanted, table))
+    agree = np.array([(candidates == row).sum(axis=1) for row in left])
+    said: npt.NDArray[np.int64] = agree.argmax(axis=1)
+    return said
+
+
+def _ring(view: View, known: Knowledge, number: int) -> U32:
+    """The input of layer 0 as words of the ring."""
+    if view.has("input") and view.prompts[number]["input", 0].dtype == np.int32:
+        return np.ascontiguousarray(view.prompts[number]["input", 0]).view(np.uint32)
+    rows = part(view, known, "input", 0, [number])
+    return fixed_point.integers(known.model, np.zeros((0, 0), np.float32) if rows is None else rows).view(np.uint32)
+
+
+def _table(view: View, known: Knowledge) -> U32:
+    """Those of every token, at the precision of what is seen."""
+    if view.has("input") and view.prompts[0]["input", 0].dtype == np.int32:
+        return fixed_point.vocabulary(known.model).view(np.uint32)
+    return fixed_point.integers(known.model, known.model.first.input[:, 0]).view(np.uint32)
+
+
+def span(rows: U32) -> tuple[U32, list[int]]:
+    """A basis of what rows span modulo 2^32, [K, d], and K columns of which it is the identity. Odd pivots only."""
+    rest, basis, pivots = rows.copy(), np.empty((0, rows.shape[1]), np.uint32), list[int]()
+    while len(pivots) < min(rows.shape):
+        odd = np.flatnonzero((rest & np.uint32(1)).any(axis=1))
+        if not len(odd):
+            break
+        row = rest[odd[0]]
+        column = int((row & np.uint32(1)).argmax())
+        row = row * np.uint32(pow(int(row[column]), -1, 1 << 32))
+        rest -= rest[:, column : column + 1] * row
+        basis -= basis[:, column : column + 1] * row
+        basis, pivots = np.concatenate([basis, row[None]]), [*pivots, column]
+    return basis, pivots
+
+
+def reduced(rows: U32, basis: U32, pivots: list[int], columns: npt.NDArray[np.int64]) -> U32:
+    """Some columns of the same rows modulo the span, which is 0 at its pivots."""
+    result: U32 = rows[:, columns] - rows[:, pivots] @ basis[:, columns]
+    return result
