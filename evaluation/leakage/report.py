@@ -26,9 +26,13 @@ knowledge that its column names, and nothing else: an import contract keeps it f
   cells of `{protected}` together call a sound build broken once in a million runs (one-sided, Bonferroni).
 - **chance**: no more than chance, by an attack that broke `plain` in the same run. Where it did not, it is not run.
 - **by design**: what every scheme shows; see the list above.
-- **-**: not run: nothing is sent or held that the attack could be tried on. The reasons are in the JSON.
-- Below the line stand schemes that are broken on purpose, or that others have published. If one of them came out
-  unbroken the attacks would be at fault, and the run would fail.
+- **-**: not run: nothing is sent or held that the attack could be tried on (the reasons are in the JSON); or, below the
+  line, an attack that is not meant for the scheme.
+- Below the line stand schemes that are broken on purpose, some of them shaped after published ones. If one of them came
+  out whole the attacks would be at fault, and the run would fail.
+- Sequential matching is told each token after its answer: this bounds from above what is read in one go; free-running
+  shows that nothing is lost without it. In the full tier each token is one of 256 words that the attacker is given.
+- A mask's scale is no secret to whoever knows the token: the rule is public, so known text gives masks exactly.
 
 A clean row is evidence of sound plumbing, not a proof. The proof is the pad's: uniform words, used once. What no row
 here shows: microarchitectural leaks of a TEE, a second colluding worker, traffic on real networks, what the model's own
@@ -84,10 +88,21 @@ def matrix(result: dict[str, Any]) -> list[str]:
     return table(["scheme", *attacks], [*rows, *(row(scheme, scheme) for scheme in broken)])
 
 
+def summary(result: dict[str, Any]) -> list[str]:
+    """For each scheme that is offered, how many attacks broke it: the lines that the README shows."""
+    rows = []
+    for scheme in schemes(result)[0]:
+        found = [best(result, scheme, attack) for attack in ordered(result, "attack")]
+        verdicts = [one["verdict"] for one in found if one]
+        counts = [str(verdicts.count(verdict)) for verdict in (BROKEN, CHANCE, NOT_RUN, DESIGN)]
+        rows.append([f"`{scheme}`", *counts])
+    return table(["scheme", "broken by", "no more than chance", "nothing to try it on", "shown by design"], rows)
+
+
 def schemes(result: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Those that are offered, and those that are broken on purpose."""
-    found, relatives = ordered(result, "scheme"), {one.name for one in RELATIVES}
-    return [one for one in found if one not in relatives], [one for one in found if one in relatives]
+    found, relatives = ordered(result, "scheme"), [one.name for one in RELATIVES]
+    return [one for one in found if one not in relatives], [one for one in relatives if one in found]
 
 
 def best(result: dict[str, Any], scheme: str, attack: str) -> dict[str, Any] | None:
@@ -131,4 +146,6 @@ def _line(one: dict[str, Any]) -> Sequence[str]:
 
 
 def _share(value: float) -> str:
-    return f"{value:.3f}".rstrip("0").rstrip(".") if 0 < value < 1 else f"{value:.0f}"
+    if not 0 < value < 1:
+        return f"{value:.0f}"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if 0.0005 < value < 0.9995 else "<0.001" if value < 0.5 else ">0.999"
