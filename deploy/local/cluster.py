@@ -167,7 +167,8 @@ class Cluster:
         argv += ["--model", str(settings.model.resolve()), "--scheme", settings.scheme]
         argv += ["--precision", settings.precision]
         argv += ["--memory-budget", settings.memory_budget] if settings.memory_budget else []
-        argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto", "--drain-seconds", "1", *settings.more]
+        argv += ["--pad-bank", settings.pad_bank, "--prefill", "auto", "--drain-seconds", "1"]
+        argv += ["--connect-seconds", str(LISTEN_SECONDS), *settings.more]
         return [*argv, "--insecure-plaintext"] if settings.insecure_plaintext else argv
 
     def _stop(self) -> None:

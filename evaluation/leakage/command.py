@@ -14,19 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from client.flags import DEMO_MODEL, Parser
 from client.terminal import Progress, one_line
 from evaluation import pictures
-from evaluation.attacks.public_model import PublicModel
-from evaluation.attacks.view import View
 from evaluation.bench import INTERRUPTED, machine
-from evaluation.leakage import heatmap, report, residue, stage, suite, table, tampering
-from evaluation.leakage.cells import FAMILY_ERROR, NOTHING_SENT, Cell, not_run, threshold
-from evaluation.leakage.prompts import FULL, QUICK, Script, script
+from evaluation.leakage import heatmap, report, suite, table
+from evaluation.leakage.cells import FAMILY_ERROR, NOTHING_SENT, not_run, threshold
+from evaluation.leakage.crew import Crew, Job, scene
 from evaluation.shapes import model_folder
-from evaluation.transcript import Transcript
 from wire.errors import CleaveError, PreconditionError
 
 FULL_MODEL = "shape:qwen2.5-0.5b"
@@ -44,24 +39,23 @@ def run() -> int:
         return _fail(progress, "interrupted", INTERRUPTED)
 
 
-def measure(folder: Path, quick: bool, seed: int, transcripts: Path, progress: Progress) -> dict[str, Any]:
-    """Record what is not in `transcripts` yet, attack all of it. Raises CleaveError."""
-    model = PublicModel(folder)
-    said = script(model, QUICK if quick else FULL, seed)
-    for staged in stage.STAGED:
-        if not (transcripts / staged.name / stage.ANSWERS).is_file():
-            stage.record(staged, folder, said, transcripts / staged.name, progress)
+def measure(job: Job, progress: Progress) -> dict[str, Any]:
+    """Record what is not there yet, attack all of it. In the main thread. Raises CleaveError."""
+    said = scene(job).script
+    with Crew(job, progress) as crew:
+        crew.record()
+        cells = suite.verdicts(crew.attack())
     progress.clear()
-    cells = _cells(said, folder, transcripts, progress)
+    cells += [not_run("tee-only", one.name, one.knowledge, NOTHING_SENT) for one in table.ATTACKS]
     limit = threshold(cells, table.PROTECTED, table.BY_DESIGN)
     return {
         "schema": SCHEMA,
         "machine": machine(),
         "commit": _commit(),
-        "model": folder.name,
-        "model_digest": model.config.digest.hex(),
-        "tier": "quick" if quick else "full",
-        "seed": seed,
+        "model": job.folder.name,
+        "model_digest": said.knowledge.model.config.digest.hex(),
+        "tier": "quick" if job.quick else "full",
+        "seed": job.seed,
         "prompts": len(said.prompts),
         "tokens": sum(said.knowledge.lengths),
         "exposed_by_design": report.EXPOSED,
@@ -70,30 +64,12 @@ def measure(folder: Path, quick: bool, seed: int, transcripts: Path, progress: P
     }
 
 
-def _cells(said: Script, folder: Path, transcripts: Path, progress: Progress) -> list[Cell]:
-    views, answers = {}, {}
-    for staged in stage.STAGED:
-        views[staged.name] = View.of(Transcript.read(transcripts / staged.name), said.knowledge.lengths)
-        answers[staged.name] = np.array(json.loads((transcripts / staged.name / stage.ANSWERS).read_text("ascii")))
-    for relative in table.RELATIVES:
-        progress(f"making {relative.name}", 0)
-        views[relative.name] = relative.made(views, said)
-    progress("giving wrong answers", 0)
-    measured: suite.Measured = {
-        "tampering": tampering.facts(folder, DEMO_MODEL, said.knowledge.seed),
-        "residue": {one.name: residue.facts(transcripts / one.name, said) for one in stage.STAGED},
-    }
-    cells = suite.attacked(views, said, measured=measured, answers=answers, progress=lambda what: progress(what, 0))
-    progress.clear()
-    return [*cells, *(not_run("tee-only", one.name, one.knowledge, NOTHING_SENT) for one in table.ATTACKS)]
-
-
 def _run(options: argparse.Namespace, progress: Progress) -> int:
     _require(options)
     folder = model_folder(options.model, progress)
     with tempfile.TemporaryDirectory(prefix="cleave-") as private:
-        kept = options.transcripts or Path(private)
-        result = measure(folder, options.quick, options.seed, kept, progress)
+        job = Job(folder, options.quick, options.seed, options.transcripts or Path(private))
+        result = measure(job, progress)
     if options.plot:
         heatmap.draw(result, options.plot)
     if options.markdown:

@@ -1,7 +1,7 @@
 """Every attack of the table on every scheme, and the gate: why a build must not pass."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from evaluation.attacks.knowledge import Fact, Ints
 from evaluation.attacks.view import View
@@ -18,13 +18,29 @@ def attacked(
     script: Script,
     attacks: Sequence[Entry] = ATTACKS,
     measured: Measured | None = None,
+    relatives: Sequence[Relative] = RELATIVES,
+) -> list[Cell]:
+    """All cells, judged."""
+    return verdicts(tried(views, script, attacks, measured, None, relatives))
+
+
+def verdicts(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, judged by the table: what is protected, what is the control, what is shown by design."""
+    return judged(list(cells), PROTECTED, CONTROL, BY_DESIGN)
+
+
+def tried(
+    views: Mapping[str, View],
+    script: Script,
+    attacks: Sequence[Entry],
+    measured: Measured | None = None,
     answers: Mapping[str, Ints] | None = None,
     relatives: Sequence[Relative] = RELATIVES,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Cell]:
-    """All cells, judged. `measured` is what no transcript holds; `answers`, how many tokens each answer had, by scheme.
+    """All cells, without verdicts.
 
-    Relatives have views like the others; only the attacks that are to break them are tried on them.
+    `measured` is what no transcript holds; `answers`, how many tokens each answer had, by scheme. Relatives have views
+    like the others; only the attacks that are to break them are tried on them.
     """
     shown_by, cells = {one.name: one.shown_by for one in relatives}, list[Cell]()
     for entry in attacks:
@@ -34,14 +50,13 @@ def attacked(
         for scheme, view in views.items():
             if entry.name not in shown_by.get(scheme, (entry.name,)):
                 continue
-            progress(f"{entry.name}: {scheme}")
             truth = script.truth | ({"answer lengths": answers[scheme]} if answers and scheme in answers else {})
             started = time.perf_counter()
             findings = entry.attack(view, script.knowledge)
             seconds = (time.perf_counter() - started) / max(len(findings), 1)
             cells += [cell(scheme, entry.name, entry.knowledge, one, truth, seconds) for one in findings]
             cells += [] if findings else [not_run(scheme, entry.name, entry.knowledge, NOTHING_TO_TRY)]
-    return judged(cells, PROTECTED, CONTROL, BY_DESIGN)
+    return cells
 
 
 def failures(

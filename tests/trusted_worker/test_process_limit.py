@@ -142,7 +142,7 @@ def test_a_group_that_cannot_hold_the_budget_is_refused(kernel: Kernel) -> None:
     assert kernel.enforce().kind == "cgroup"
 
 
-@pytest.mark.parametrize("others", [f"{PID}\n77\n", "", "0\n"])
+@pytest.mark.parametrize("others", [f"{PID}\n77\n", "", "0\n"], ids=["another", "nobody", "unseen"])
 def test_a_group_that_is_shared_is_left_alone(kernel: Kernel, others: str) -> None:
     (kernel.unit / "cgroup.procs").write_text(others)
     assert kernel.enforce() == DATA

@@ -95,15 +95,15 @@ def test_a_tensor_fills_the_array_that_was_given(array: Array) -> None:
 @pytest.mark.parametrize(
     "into",
     [
-        np.empty((3, 2), np.int32),
-        np.empty(6, np.int32),
-        np.empty((1, 2, 3), np.int32),
-        np.empty((2, 4), np.int32),
-        np.empty((2, 3), np.float32),
-        np.empty((2, 3), np.uint32),
-        np.empty((2, 3), ">i4"),
+        np.zeros((3, 2), np.int32),
+        np.zeros(6, np.int32),
+        np.zeros((1, 2, 3), np.int32),
+        np.zeros((2, 4), np.int32),
+        np.zeros((2, 3), np.float32),
+        np.zeros((2, 3), np.uint32),
+        np.zeros((2, 3), ">i4"),
     ],
-    ids=str,
+    ids=lambda into: f"{into.dtype.str} {into.shape}",
 )
 def test_a_tensor_that_was_not_asked_for_is_refused(into: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="not asked for"):
