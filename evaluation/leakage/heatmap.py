@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from evaluation import pictures
-from evaluation.leakage.cells import CHANCE, DESIGN, NOT_RUN
+from evaluation.leakage.cells import BROKEN, CHANCE, DESIGN, NOT_RUN
 from evaluation.leakage.report import best, ordered, schemes
 
 RED_TO_BLUE = "RdYlBu_r"
+BROKEN_LEAST = 0.85
 HATCH = "////"  # over what every scheme shows
 
 
@@ -25,9 +26,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
             cell = best(result, scheme, attack)
             if cell is None or cell["verdict"] == NOT_RUN:
                 continue
-            shares[y, x] = 0 if cell["verdict"] == CHANCE else above_chance(cell)
+            shares[y, x] = above_chance(cell)
             light = "white" if not 0.2 < shares[y, x] < 0.8 else "black"
-            axes.text(x, y, f"{cell['estimate']:.2f}", ha="center", va="center", fontsize=7, color=light, zorder=3)
+            axes.text(x, y, _share(cell), ha="center", va="center", fontsize=7, color=light, zorder=3)
             if cell["verdict"] == DESIGN:
                 axes.fill_between(
                     (x - 0.5, x + 0.5), y - 0.5, y + 0.5, facecolor="none", hatch=HATCH, edgecolor="white"
@@ -47,6 +48,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def above_chance(cell: dict[str, Any]) -> float:
-    """0 at chance or below, 1 for everything."""
+    """0 for no more than chance, 1 for everything; what is broken at all is at least BROKEN_LEAST."""
+    if cell["verdict"] == CHANCE:
+        return 0.0
     share: float = (cell["estimate"] - cell["chance"]) / (1 - cell["chance"]) if cell["chance"] < 1 else 0.0
-    return min(max(share, 0.0), 1.0)
+    return min(max(share, BROKEN_LEAST), 1.0)
+
+
+def _share(cell: dict[str, Any]) -> str:
+    """In two digits; small ones that broke a scheme, as a count."""
+    small = cell["verdict"] == BROKEN and cell["estimate"] < 0.01
+    return str(cell["hits"]) if small else f"{cell['estimate']:.2f}"

@@ -83,7 +83,10 @@ def test_the_picture_is_drawn(result: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_colours_are_above_chance() -> None:
-    assert heatmap.above_chance({"estimate": 0.5, "chance": 0.5}) == 0
-    assert heatmap.above_chance({"estimate": 0.4, "chance": 0.5}) == 0
-    assert heatmap.above_chance({"estimate": 0.75, "chance": 0.5}) == 0.5
-    assert heatmap.above_chance({"estimate": 1.0, "chance": 0.5}) == 1
+    def shade(verdict: str, estimate: float) -> float:
+        return heatmap.above_chance({"verdict": verdict, "estimate": estimate, "chance": 0.5})
+
+    assert shade("chance", 0.64) == 0
+    assert shade("broken", 1.0) == 1
+    assert shade("broken", 0.95) == pytest.approx(0.9)
+    assert shade("broken", 0.6) == heatmap.BROKEN_LEAST
