@@ -34,7 +34,7 @@ bench: install
 	@$(BIN)/cleave-bench $(ARGS)
 
 test: install
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: install
 	$(BIN)/pytest -m soak $(ARGS)
