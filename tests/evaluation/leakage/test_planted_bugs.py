@@ -16,6 +16,7 @@ from evaluation.leakage.prompts import Script
 from evaluation.transcript import Exchange, Transcript
 from gpu_worker.recording import Recording
 from tests.conftest import Rig, build
+from tests.evaluation.attacks.ring_views import SIZES
 from tests.simulators.in_process import InProcessWorker
 from trusted_worker import attention, pads
 from trusted_worker.arithmetic import F32, I32
@@ -26,18 +27,6 @@ from trusted_worker.verification import Verifier
 from wire.linears import Linear, LinearSpec
 from wire.v1 import gpu_worker_pb2 as pb
 
-SIZES = prompts.Sizes(
-    known=24,
-    victims=8,
-    again=4,
-    told=1,
-    labelled=4,
-    unlabelled=4,
-    known_tokens=8,
-    victim_tokens=12,
-    repeated_tokens=40,
-    metered=2,
-)
 NAMES = ("embedding", "uniformity", "pad reuse", "pad algebra", "row space", "tampering")
 ATTACKS = [entry for entry in table.ATTACKS if entry.name in NAMES]
 TRIALS = 2048
