@@ -26,6 +26,7 @@ F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 
 CHECKED = 16  # words that are compared modulo a span
+FLOOR = 1e-6  # of the loudest direction: below, rounding
 
 
 def attack(view: View, known: Knowledge) -> list[Finding]:
@@ -49,6 +50,7 @@ def without_masks(rows: F32) -> F32:
     wide = rows.astype(np.float64)
     squares, directions = np.linalg.eigh(wide.T @ wide)
     loudest = np.sqrt(np.maximum(squares[::-1], 1e-30))[: len(squares) // 2 + 1]
+    loudest = loudest[: max(int((loudest > FLOOR * loudest[0]).sum()), 2)]  # a fall to nothing is where rows end
     first = directions[:, ::-1][:, : int((loudest[:-1] / loudest[1:]).argmax()) + 1]
     result: F32 = (np.eye(len(first)) - first @ first.T).astype(np.float32)
     return result

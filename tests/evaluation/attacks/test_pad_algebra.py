@@ -53,6 +53,15 @@ def test_a_real_pool_is_projected_out(script: Script) -> None:
     assert right(script, view(script, mask))[REAL] >= 0.95
 
 
+def test_where_rows_end_is_no_fall() -> None:
+    """Few rows, some of them said again, fill few directions; behind these the spectrum falls once more, to nothing."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((20, 64))[rng.integers(0, 20, 40)]
+    masks = rng.standard_normal((40, POOL)) @ rng.standard_normal((POOL, 64)) * 10
+    rest = pad_algebra.without_masks((x + masks).astype(np.float32))
+    assert round(64 - float(np.trace(rest))) == POOL
+
+
 def test_a_pool_in_the_ring_is_spanned_by_known_rows(script: Script) -> None:
     rng = np.random.default_rng(3)
     pool = uniform(rng, POOL, 64)
