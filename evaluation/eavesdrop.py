@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from evaluation.attacks.embedding import unit
 from evaluation.transcript import Exchange
 from wire import parameters
 from wire.checkpoint import Checkpoint
@@ -63,11 +64,11 @@ class PublicModel:
 
         embedding, gain = load(Name(Kind.EMBEDDING)), load(Name(Kind.ATTENTION_NORM))[:, 0]
         head = load(parameters.weight_name(config, spec(config, 0, Linear.LM_HEAD)))
-        return cls(_unit(embedding * gain), load(Name(Kind.FINAL_NORM))[:, 0], head)
+        return cls(unit(embedding * gain), load(Name(Kind.FINAL_NORM))[:, 0], head)
 
     def tokens(self, rows: npt.NDArray[np.generic]) -> list[int]:
         """Step (1): of rows [m, hidden], at any scale."""
-        return [int(token) for token in (_unit(rows.astype(np.float32)) @ self.directions.T).argmax(axis=1)]
+        return [int(token) for token in (unit(rows.astype(np.float32)) @ self.directions.T).argmax(axis=1)]
 
     def logits(self, rows: npt.NDArray[np.generic]) -> F32:
         """Step (2): float32[m, vocabulary] of rows [m, hidden], at any scale."""
@@ -106,8 +107,3 @@ def _place(exchange: Exchange) -> tuple[int, int]:
     if kind == "matmul":
         return exchange.operation.matmul.layer, exchange.operation.matmul.linear
     return -1, -1
-
-
-def _unit(values: F32) -> F32:
-    result: F32 = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), _LEAST)
-    return result

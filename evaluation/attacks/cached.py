@@ -13,7 +13,8 @@ have been wiped. Of a sequence that was wiped no other moment is recorded.
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks.invariants import nearest, sorted_heads
+from evaluation.attacks.embedding import nearest
+from evaluation.attacks.invariants import sorted_heads
 from evaluation.attacks.knowledge import Answers, Finding, Knowledge
 from evaluation.attacks.view import View
 

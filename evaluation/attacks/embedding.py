@@ -8,7 +8,7 @@ see invariants.py.
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks.knowledge import Answers, Finding, Knowledge
+from evaluation.attacks.knowledge import Answers, Finding, Ints, Knowledge
 from evaluation.attacks.parts import victims
 from evaluation.attacks.view import View
 
@@ -20,7 +20,13 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
     rows, table = victims(view, known, "input", 0), unit(known.model.first.input[:, 0])
     if rows is None:
         return []
-    return [Answers("input, layer 0", "tokens", (rows @ table.T).argmax(axis=1), len(table))]
+    return [Answers("input, layer 0", "tokens", nearest(rows, table), len(table))]
+
+
+def nearest(rows: F32, table: F32) -> Ints:
+    """For each row of length 1 the nearest of the table's."""
+    said: Ints = (rows @ table.T).argmax(axis=1)
+    return said
 
 
 def unit(rows: F32) -> F32:

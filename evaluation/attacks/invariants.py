@@ -12,9 +12,10 @@ weights. For each group of transforms its canonical form:
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks.embedding import unit
+from evaluation.attacks.embedding import nearest, unit
 from evaluation.attacks.knowledge import Answers, Finding, Knowledge
 from evaluation.attacks.parts import part, victims
+from evaluation.attacks.public_model import pairs
 from evaluation.attacks.view import View
 
 F32 = npt.NDArray[np.float32]
@@ -49,16 +50,8 @@ def sorted_values(x: F32) -> F32:
 def pair_energies(k: F32, known: Knowledge) -> F32:
     """(4) [rows, K, d] -> [rows, K.d/2]."""
     rope = known.model.config.rope
-    near, far = (
-        (slice(0, None, 2), slice(1, None, 2)) if rope and rope.interleaved else np.split(np.arange(k.shape[-1]), 2)
-    )
+    near, far = pairs(k.shape[-1], interleaved=rope is not None and rope.interleaved)
     return unit(np.sqrt(k[..., near] ** 2 + k[..., far] ** 2).reshape(len(k), -1))
-
-
-def nearest(rows: F32, table: F32) -> npt.NDArray[np.int64]:
-    """For each row of length 1 the nearest of the table's."""
-    said: npt.NDArray[np.int64] = (rows @ table.T).argmax(axis=1)
-    return said
 
 
 def _gram(view: View, known: Knowledge) -> list[Finding]:

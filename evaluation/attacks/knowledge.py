@@ -87,8 +87,3 @@ class Fact:
 
 Finding = Answers | Fact
 Attack = Callable[[View, Knowledge], list[Finding]]  # an empty list: there is nothing for it in this transcript
-
-
-def tokens_wanted(known: Knowledge) -> int:
-    """How many tokens of the victims the attacker does not know."""
-    return sum(known.lengths[number] - len(known.prefix) for number in known.victims)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluation.attacks import fixed_point
-from evaluation.attacks.embedding import unit
+from evaluation.attacks.embedding import nearest, unit
 from evaluation.attacks.knowledge import Answers, Finding, Knowledge
 from evaluation.attacks.parts import part, victims
 from evaluation.attacks.view import View
@@ -37,7 +37,7 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
         return []
     table = known.model.first.input[:, 0]
     rest = without_masks(every)
-    projected = (unit(rows @ rest) @ unit(table @ rest).T).argmax(axis=1)
+    projected = nearest(unit(rows @ rest), unit(table @ rest))
     modulo = _modulo(view, known)
     return [
         Answers("input, layer 0, without the masks' directions", "tokens", projected, len(table)),

@@ -13,7 +13,7 @@ rotation too; a row's own scale does not matter.
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks.embedding import unit
+from evaluation.attacks.embedding import nearest, unit
 from evaluation.attacks.knowledge import Answers, Finding, Ints, Knowledge
 from evaluation.attacks.parts import part, victims
 from evaluation.attacks.view import View
@@ -44,5 +44,4 @@ def decoded(rows: F32, seen: F32, table: F32, tokens: Ints) -> Ints:
         rank = int((values > NOISE * values[0]).sum())
         back.append(rows[:, head] @ vt[:rank].T)  # (3)
         there.append(table[:, head] @ u[:, :rank])
-    said: Ints = (unit(np.hstack(back)) @ unit(np.hstack(there)).T).argmax(axis=1)
-    return said
+    return nearest(unit(np.hstack(back)), unit(np.hstack(there)))

@@ -20,7 +20,6 @@ from evaluation.transcript import Array
 
 F32 = npt.NDArray[np.float32]
 Attention = Callable[[F32, F32, None], F32]  # q and k [1, t, heads, d], rotated -> [1, H, t, t]
-Relative = Callable[[Mapping[str, View], Script], View]
 
 
 def scores_on_gpu(views: Mapping[str, View], script: Script) -> View:

@@ -1,5 +1,6 @@
 """Sequential matching: every observable in the clear, none in uniform words; nothing of what comes later is used."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -91,7 +92,7 @@ def _shielded(view: View, script: Script, number: int, layer: int, order: Array,
     ids=["scores", "probabilities"],
 )
 def test_attention_alone_gives_the_text_away(
-    relative: relative_scores.Relative, read: set[str], public: PublicModel, script: Script
+    relative: Callable[[Mapping[str, View], Script], View], read: set[str], public: PublicModel, script: Script
 ) -> None:
     views = {"plain": scenes.clear(public, script), "secure-infer": scenes.masked(public, script)}
     found = shares(sequential.attack, relative(views, script), script)
