@@ -67,7 +67,7 @@ class Sample:
     before: Counters
     after: Counters
     cpu: dict[str, float]
-    pad: Refill | None  # of the pads that were made meanwhile; None where none was
+    pad: Refill | None  # of the pads that were made last; None where none was
     prompts: tuple[Counters, Counters]  # before the prompts, and when all first tokens had come
     bare: list[float] = field(default_factory=list)  # bare exchanges with the GPU worker, after everything else
 
@@ -86,7 +86,7 @@ class Rig:
             self._cluster = stack.enter_context(Cluster(self.settings, self._progress))
             self._worker = stack.enter_context(connect(self._cluster.target, Policy()))
             self._threads = stack.enter_context(ThreadPoolExecutor(max(load.batch for load in self._loads)))
-            self._fill_bank()
+            self._pad = self._fill_bank()
             for load in warm_up(self._loads):
                 self.repeat(load)
             self._stack = stack.pop_all()
@@ -134,10 +134,11 @@ class Rig:
             before, cpu = self._worker.counters(), self._cpu()
             times = list(self._threads.map(_decode, sessions, itertools.repeat([0]), itertools.repeat(load.tokens)))
             after, used = self._worker.counters(), self._cpu()
+            rests = Glimpse(time.monotonic(), after.pads_in_stock, used[ROLES[TRUSTED_WORKER]])  # a small bank is quick
         finally:
             for session in sessions:
                 session.close()
-        late = self._fill_bank()
+        self._pad = self._fill_bank(rests) or early or self._pad
         return Sample(
             max(first[0] for first in firsts) - started,
             [(one[-1] - one[0]) / (len(one) - 1) for one in times],
@@ -145,17 +146,17 @@ class Rig:
             before,
             after,
             {role: used[role] - cpu[role] for role in used},
-            early if late is None else late,
+            self._pad,
             (asked, begun),
             self._bare(),
         )
 
-    def _fill_bank(self) -> Refill | None:
-        """Wait until no more pads are made. What one of those made meanwhile took, if there are any."""
+    def _fill_bank(self, first: Glimpse | None = None) -> Refill | None:
+        """Wait until no more pads are made. What one of those made since `first` took, if there are any."""
         capacity = self._worker.counters().pads_capacity
         if not capacity:
             return None
-        first = self._glimpse()
+        first = first or self._glimpse()
         watch = Watch(first, capacity)
         while not watch.resting:
             waited = time.monotonic() - first.now

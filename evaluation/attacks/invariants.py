@@ -5,7 +5,7 @@ weights. For each group of transforms its canonical form:
 
 (1) permutations of a head's dims, one and the same for all rows: the sorted values of each head of V;
 (2) those of the whole input: its sorted values, per row, at an unknown scale;
-(3) rotations of the input: its norm, where rows are not rescaled, and inner products with rows of known tokens;
+(3) rotations of the input: inner products with rows of known tokens, and the norm alone, where rows keep their scale;
 (4) rotations within RoPE pairs, of K: the energy of each pair.
 """
 
@@ -34,7 +34,7 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
         if rows is not None:
             said = nearest(form(rows), form(table))
             found.append(Answers(target, "tokens", said, len(table)))
-    return [*found, *_gram(view, known)]
+    return [*found, *_gram(view, known), *_norms(view, known)]
 
 
 def sorted_heads(x: F32) -> F32:
@@ -64,3 +64,13 @@ def _gram(view: View, known: Knowledge) -> list[Finding]:
     plain = table[np.concatenate([known.known[number] for number in numbers])]
     said = nearest(unit(unit(rows) @ unit(anchors).T), unit(table @ plain.T))
     return [Answers("inner products with known rows, layer 0", "tokens", said, len(table))]
+
+
+def _norms(view: View, known: Knowledge) -> list[Finding]:
+    """(3) One number for each row, and nothing else known: enough where few tokens have nearly the same."""
+    rows = victims(view, known, "input", 0)
+    if rows is None:
+        return []
+    table = np.linalg.norm(known.model.first.input[:, 0].astype(np.float64), axis=1)
+    said = [np.abs(table - one).argmin() for one in np.linalg.norm(rows.astype(np.float64), axis=1)]
+    return [Answers("norm of the input, layer 0", "tokens", np.array(said), len(table))]

@@ -5,6 +5,7 @@ always the same for them, and recordings are mapped, not copied. So no result de
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -129,6 +130,7 @@ def _begin(parent: int) -> None:
     """A process of the pool: it ends with its parent, who alone is interrupted."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.WARNING)  # what a trusted worker that is put together here would warn its owner of
 
 
 def _record(job: Job, staged: stage.Staged) -> None:

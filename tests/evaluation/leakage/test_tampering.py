@@ -7,6 +7,7 @@ import pytest
 
 from evaluation.attacks.public_model import PublicModel
 from evaluation.leakage import tampering
+from evaluation.leakage.stage import SECURE, STAGED
 from evaluation.leakage.wrong_answers import KINDS
 from trusted_worker import verification
 from wire.errors import VerificationError
@@ -21,7 +22,9 @@ def folder(model_folder: Callable[[str], Path]) -> Path:
 
 def test_secure_infer_believes_nothing_and_the_others_everything(folder: Path) -> None:
     found = tampering.facts(folder, folder, trials=TRIALS)
-    for scheme, share in (("plain", 1), ("split", 1), ("secure-infer", 0)):
+    assert list(found) == [staged.name for staged in STAGED]
+    for scheme in found:
+        share = scheme != "secure-infer"
         assert [fact.target for fact in found[scheme]] == list(KINDS)
         assert all(fact.hits == share * fact.trials for fact in found[scheme])
     assert all(fact.trials == TRIALS + 5 for fact in found["secure-infer"])  # a lie at each kind of linear
@@ -51,7 +54,7 @@ def test_a_check_that_refuses_everything_measures_nothing(folder: Path, monkeypa
 
     monkeypatch.setattr(verification.Verifier, "accepts", refuse)
     with pytest.raises(RuntimeError, match="refuses right products"):
-        tampering.passes(folder, "secure-infer", 0, counted())
+        tampering.passes(folder, SECURE, 0, counted())
 
 
 def test_a_scheme_that_does_not_ask_the_check_is_caught_by_passes(
@@ -59,7 +62,7 @@ def test_a_scheme_that_does_not_ask_the_check_is_caught_by_passes(
 ) -> None:
     monkeypatch.setattr(verification.Verifier, "accepts", lambda *_: True)
     counts = counted()
-    tampering.passes(folder, "secure-infer", 0, counts)
+    tampering.passes(folder, SECURE, 0, counts)
     assert all(count.hits == count.tried == 5 for count in counts.values())
 
 
