@@ -8,6 +8,7 @@ from typing import Any
 
 from client.attestation.checklist import Refusal
 from client.gateway.link import NotVerifiedError
+from client.terminal import one_line
 from wire.errors import (
     CleaveError,
     ContextError,
@@ -71,7 +72,7 @@ def api_error(error: Exception) -> ApiError:
     if not isinstance(error, CleaveError):
         return ApiError(500, "internal error of the gateway", SERVER, "internal_error")
     status, kind, code = next(_STATUS[one] for one in type(error).__mro__ if one in _STATUS)
-    told = ApiError(status, str(error), kind, code)
+    told = ApiError(status, one_line(str(error)), kind, code)  # whoever has the connection may have written it
     told.headers = NO_RETRY if isinstance(error, VerificationError) else SOON if status in (429, 503) else {}
     if isinstance(error, NotVerifiedError):
         told.step = {"number": error.failure.number, "field": error.failure.field}

@@ -54,9 +54,9 @@ class Failure:
             step = error.step
             return cls(step.field, str(error), step.number, error.advice, error.provider, error.steps)
         if isinstance(error, UnavailableError | DeadlineError):
-            return cls("connect", str(error))
+            return cls("connect", one_line(str(error)))
         if isinstance(error, CleaveError):
-            return cls("policy" if isinstance(error, PolicyError) else "evidence", str(error))
+            return cls("policy" if isinstance(error, PolicyError) else "evidence", one_line(str(error)))
         return cls("evidence", f"internal error: {type(error).__name__}")
 
 

@@ -15,7 +15,7 @@ def status(guard_key: bytes | None = None, any_host: bool = False, path: str = "
     return int(start(guard_key, any_host, path, **headers)["status"])
 
 
-def start(guard_key: bytes | None = None, any_host: bool = False, path: str = "/", own: Any = (), **headers: str) -> Any:
+def start(guard_key: bytes | None, any_host: bool, path: str, own: Any = (), **headers: str) -> Any:
     """How the answer begins. `own` are headers of the application."""
     sent: list[Any] = []
 
@@ -73,12 +73,12 @@ def test_this_page_and_clients_that_are_no_browsers_are_served() -> None:
 
 
 def test_browsers_keep_no_copy_and_hand_it_to_no_other_page() -> None:
-    for headers in ({"host": HOST}, {"host": "example.org"}, {"host": HOST, "origin": "http://example.org"}):
-        told = dict(start(**headers)["headers"])
+    for host, origin in ((HOST, f"http://{HOST}"), ("example.org", "http://example.org"), (HOST, "null")):
+        told = dict(start(None, False, "/v1/exposure", host=host, origin=origin)["headers"])
         assert told[b"cache-control"] == b"no-store"
         assert told[b"cross-origin-resource-policy"] == b"same-origin"
         assert told[b"x-content-type-options"] == b"nosniff"
-    own = start(host=HOST, own=[(b"cache-control", b"no-cache")])["headers"]
+    own = start(None, False, "/", [(b"cache-control", b"no-cache")], host=HOST)["headers"]
     assert [value for name, value in own if name == b"cache-control"] == [b"no-cache"]
 
 
