@@ -120,6 +120,10 @@ class Session:
         self._turn.begin(token_ids, max(self._opened.max_frame_tokens, 1))
         return self._turn
 
+    def abandon(self) -> None:
+        """From any thread: end its turn, whether the worker answers or not. Only `close` is of use afterwards."""
+        self._stream.cancel()
+
     def close(self) -> None:
         """Free the session on the trusted worker; if it cannot be told, it will notice by itself."""
         self._stream.close()

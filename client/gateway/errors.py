@@ -34,7 +34,9 @@ _STATUS: dict[type[CleaveError], tuple[int, str, str]] = {
     VerificationError: (502, SERVER, "verification_failed"),
     DeniedError: (502, SERVER, "trusted_worker_denied"),
     PreconditionError: (503, SERVER, "trusted_worker_not_ready"),
-    UnauthenticatedError: (503, SERVER, NOT_VERIFIED),
+    NotVerifiedError: (503, SERVER, NOT_VERIFIED),
+    Refusal: (503, SERVER, NOT_VERIFIED),
+    UnauthenticatedError: (503, SERVER, "trusted_worker_lost"),  # it knows the session no more: it began anew
     UnavailableError: (503, SERVER, "trusted_worker_lost"),
     DeadlineError: (504, SERVER, "trusted_worker_slow"),
     CleaveError: (500, SERVER, "internal_error"),
