@@ -96,6 +96,7 @@ class Session:
         self, opened: pb.OpenResponse, stream: DecodeStream, table: EmbeddingTable | None, forget: Callable[[], None]
     ) -> None:
         self.context: list[int] = []
+        self.abandon = stream.cancel  # from any thread: ends the turn at once; only `close` is of use afterwards
         self._opened = opened
         self._stream = stream
         self._table = table
@@ -119,10 +120,6 @@ class Session:
         self._turn = Turn(self._stream, self.context, pacing, embed)
         self._turn.begin(token_ids, max(self._opened.max_frame_tokens, 1))
         return self._turn
-
-    def abandon(self) -> None:
-        """From any thread: end its turn, whether the worker answers or not. Only `close` is of use afterwards."""
-        self._stream.cancel()
 
     def close(self) -> None:
         """Free the session on the trusted worker; if it cannot be told, it will notice by itself."""
