@@ -96,6 +96,7 @@ class Session:
         self, opened: pb.OpenResponse, stream: DecodeStream, table: EmbeddingTable | None, forget: Callable[[], None]
     ) -> None:
         self.context: list[int] = []
+        self.abandon = stream.cancel  # from any thread: ends the turn at once; only `close` is of use afterwards
         self._opened = opened
         self._stream = stream
         self._table = table

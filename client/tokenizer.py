@@ -61,7 +61,9 @@ class Tokenizer:
         return Detokenizer(lambda ids: str(self._encoder.decode(ids, skip_special_tokens=True)))
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        return [int(token_id) for token_id in self._encoder.encode(text, add_special_tokens=special).ids]
+        """As a batch of one: the library lets other threads run meanwhile only then. A long text takes seconds."""
+        (encoding,) = self._encoder.encode_batch([text], add_special_tokens=special)
+        return [int(token_id) for token_id in encoding.ids]
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class DecodeStream:
             raise response
         return response
 
+    def cancel(self) -> None:
+        """End the call without a wait, from any thread: whoever reads gets an error now. It still wants a `close`."""
+        self._call.cancel()
+
     def close(self) -> None:
         """End the call; the server frees the session's step."""
         self._requests.put(None)

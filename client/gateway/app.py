@@ -93,6 +93,9 @@ class Gateway:
         except (ApiError, CleaveError):
             self.metrics.errors += 1
             raise
+        except ClientDisconnect:
+            self.metrics.cancelled += 1
+            raise
 
     async def _counted(self, order: requests.Order) -> Events:
         """The events of an answer, with its part in the metrics."""
@@ -178,4 +181,6 @@ async def _error(_: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     what = "there is no such path" if status == 404 else f"{request.method} does not go with this path"
-    return await _error(request, ApiError(status, what, INVALID, "not_found" if status == 404 else "wrong_method"))
+    told = ApiError(status, what, INVALID, "not_found" if status == 404 else "wrong_method")
+    told.headers = dict(getattr(error, "headers", None) or {})  # Allow
+    return await _error(request, told)

@@ -23,7 +23,7 @@ from client.gateway.guard import Guard
 from client.gateway.link import Link
 from client.session import Request
 from client.talk import settings
-from client.terminal import Progress, note
+from client.terminal import Progress, note, red
 from client.tokenizer import Tokenizer
 from deploy.local.cluster import Cluster
 from wire import logs
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
             cluster = stack.enter_context(Cluster(workers, progress, log=sys.stderr))
             target, policy = cluster.target, cluster.policy
         door = Door(listener, key, options.insecure_listen)
+        _warn(options.http, key)
         logs.setup("gateway", "text")
         asyncio.run(_serve(door, target, policy, model, Exposure(model, record), cluster))
         if cluster:
@@ -152,6 +153,15 @@ def _listen(address: str, insecure: bool) -> socket.socket:
         return socket.create_server((host, int(port)), family=family, backlog=256)
     except OSError:
         raise UnavailableError(f"cannot listen on {address}: is the address in use?") from None
+
+
+def _warn(address: str, key: bytes | None) -> None:
+    """Of an address that other machines reach."""
+    if not is_local(address):
+        note(
+            red("INSECURE: other machines reach this gateway, and prompts cross the network in the clear")
+            + ("" if key else red("; without --api-key-file whoever reaches it may use it"))
+        )
 
 
 def _key(path: Path | None) -> bytes | None:

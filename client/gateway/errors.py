@@ -8,6 +8,7 @@ from typing import Any
 
 from client.attestation.checklist import Refusal
 from client.gateway.link import NotVerifiedError
+from client.terminal import one_line
 from wire.errors import (
     CleaveError,
     ContextError,
@@ -33,7 +34,9 @@ _STATUS: dict[type[CleaveError], tuple[int, str, str]] = {
     VerificationError: (502, SERVER, "verification_failed"),
     DeniedError: (502, SERVER, "trusted_worker_denied"),
     PreconditionError: (503, SERVER, "trusted_worker_not_ready"),
-    UnauthenticatedError: (503, SERVER, NOT_VERIFIED),
+    NotVerifiedError: (503, SERVER, NOT_VERIFIED),
+    Refusal: (503, SERVER, NOT_VERIFIED),
+    UnauthenticatedError: (503, SERVER, "trusted_worker_lost"),  # it knows the session no more: it began anew
     UnavailableError: (503, SERVER, "trusted_worker_lost"),
     DeadlineError: (504, SERVER, "trusted_worker_slow"),
     CleaveError: (500, SERVER, "internal_error"),
@@ -71,7 +74,7 @@ def api_error(error: Exception) -> ApiError:
     if not isinstance(error, CleaveError):
         return ApiError(500, "internal error of the gateway", SERVER, "internal_error")
     status, kind, code = next(_STATUS[one] for one in type(error).__mro__ if one in _STATUS)
-    told = ApiError(status, str(error), kind, code)
+    told = ApiError(status, one_line(str(error)), kind, code)  # whoever has the connection may have written it
     told.headers = NO_RETRY if isinstance(error, VerificationError) else SOON if status in (429, 503) else {}
     if isinstance(error, NotVerifiedError):
         told.step = {"number": error.failure.number, "field": error.failure.field}

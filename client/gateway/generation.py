@@ -14,7 +14,7 @@ from client.answer import Answer
 from client.attestation.policy import VerifiedPeer
 from client.gateway.link import Link
 from client.gateway.requests import Order
-from client.session import Request, TrustedWorker
+from client.session import Request, Session, TrustedWorker
 from client.tokenizer import Tokenizer
 from client.turn import Pacing, Token
 from wire.errors import CleaveError, ContextError, ExhaustedError
@@ -66,14 +66,14 @@ class Generation:
 
     def __init__(self, worker: TrustedWorker, model: Model, order: Order, emit: Emit) -> None:
         self._worker, self._model, self._order, self._emit = worker, model, order, emit
-        self._answer: Answer | None = None
+        self._session: Session | None = None
         self._cancelled = False
 
     def cancel(self) -> None:
-        """End it early, wherever it is."""
+        """End it early, wherever it is: a worker that is silent is not waited for."""
         self._cancelled = True
-        if self._answer:
-            self._answer.interrupt()
+        if self._session:
+            self._session.abandon()
 
     def run(self) -> None:
         """Drive it to its end. Its error is the last event, where there is one."""
@@ -88,19 +88,16 @@ class Generation:
         ids = self._order.tokens(self._model.tokenizer)
         if len(ids) >= self._model.context:
             raise ContextError(f"the prompt has {len(ids)} tokens, and the model's context {self._model.context}")
-        session = self._worker.open(self._order.request)
+        self._session = session = self._worker.open(self._order.request)
         try:
-            self._answer = Answer(self._worker, session, self._model.tokenizer.detokenizer(), self._order.stops)
             if not self._cancelled:
-                self._stream(self._answer, ids)
+                self._stream(Answer(self._worker, session, self._model.tokenizer.detokenizer(), self._order.stops), ids)
         finally:
             session.close()
 
     def _stream(self, answer: Answer, ids: list[int]) -> None:
         sent, pacing = 0, Pacing(self._model.credit, self._order.max_new_tokens, self._model.step_seconds)
         for piece in answer.stream(ids, pacing):
-            if self._cancelled:
-                answer.interrupt()
             self._emit(Piece(piece, tuple(answer.tokens[sent:])))
             sent = len(answer.tokens)
         rest = [] if answer.stopped else answer.tokens[sent:]

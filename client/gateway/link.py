@@ -15,7 +15,9 @@ connection (client/session.py).
 import asyncio
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,9 +54,9 @@ class Failure:
             step = error.step
             return cls(step.field, str(error), step.number, error.advice, error.provider, error.steps)
         if isinstance(error, UnavailableError | DeadlineError):
-            return cls("connect", str(error))
+            return cls("connect", one_line(str(error)))
         if isinstance(error, CleaveError):
-            return cls("policy" if isinstance(error, PolicyError) else "evidence", str(error))
+            return cls("policy" if isinstance(error, PolicyError) else "evidence", one_line(str(error)))
         return cls("evidence", f"internal error: {type(error).__name__}")
 
 
@@ -120,7 +122,7 @@ class Link:
         before, failure = self.failure, None
         self.attempts += 1
         try:
-            await asyncio.to_thread(self._attest)
+            await _apart(self._attest)
         except Exception as error:
             failure = Failure.of(error)
             self.failures += 1
@@ -145,3 +147,20 @@ class Link:
     def age(self) -> float:
         """Of the evidence that was accepted last, in seconds; 0 when there is none."""
         return (datetime.now(UTC) - self.trusted.peer.at).total_seconds() if self.trusted else 0.0
+
+
+async def _apart(work: Callable[[], None]) -> None:
+    """Wait for `work` in a thread that the end of the program does not wait for: a silent worker holds it for long."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()  # whoever stops waiting does not cancel it
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="verify", daemon=True).start()
+    await asyncio.wrap_future(done)

@@ -6,7 +6,7 @@ from client.gateway.errors import refused
 from client.gateway.fields import UNSUPPORTED, Fields, text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_NEUTRAL = {"tool_calls": ([],), "refusal": ("",)}  # of answers, as front ends send them back
+_NEUTRAL = {"tool_calls": ([],), "refusal": ("",), "annotations": ([],)}  # of answers, as front ends send them back
 
 
 def messages(values: list[Any]) -> list[dict[str, str]]:

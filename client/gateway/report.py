@@ -19,7 +19,7 @@ def report(link: Link) -> dict[str, Any]:
         return head | _refused(link.failure)
     if link.trusted and link.ready:
         return head | _accepted(link.trusted.peer)
-    return head | {"verdict": "pending", "verified": False}
+    return head | _nothing("pending")
 
 
 def _accepted(peer: VerifiedPeer) -> dict[str, Any]:
@@ -38,14 +38,23 @@ def _accepted(peer: VerifiedPeer) -> dict[str, Any]:
 
 
 def _refused(failure: Failure) -> dict[str, Any]:
-    return {
-        "verdict": "none" if failure.number is None else "refused",
+    return _nothing("none" if failure.number is None else "refused") | {
         "provider": failure.provider,
-        "verified": False,
         "failed_step": {"number": failure.number, "field": failure.field},
         "message": failure.text,
         "steps": [vars(step) for step in failure.steps],
         "advice": failure.advice,
+    }
+
+
+def _nothing(verdict: str) -> dict[str, Any]:
+    """Where there is no accepted evidence."""
+    return {
+        "verdict": verdict,
+        "provider": None,
+        "verified": False,
+        "steps": [],
+        "advice": None,
         "evidence": None,
         "bundle": None,
     }

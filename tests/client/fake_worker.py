@@ -44,6 +44,7 @@ class Script:
     refuse_once: tuple[grpc.StatusCode, str] | None = None
     adapter: bytes | None = None  # None: echo what was asked
     perturbation: float | None = None
+    deaf: bool = False  # does not end a turn when it is told to
     fail_after: int | None = None  # tokens until DATA_LOSS
     cut_after: int | None = None  # tokens until the stream ends as if all were well
     table: npt.NDArray[np.float32] | None = None  # float32[vocabulary, hidden]: the client embeds
@@ -190,7 +191,7 @@ class _Decoding:
             self._take(frame)
             if self._answer is None:
                 continue
-            if frame.end_turn:
+            if frame.end_turn and not self._script.deaf:
                 yield self._final(pb.FINISH_REASON_ENDED)
             yield from self._spend()
             if self._cut:

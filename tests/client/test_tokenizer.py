@@ -1,4 +1,6 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,14 @@ def test_a_token_is_spelt_as_it_stands_within_a_text(folder: Path) -> None:
     ids = tokenizer.text(" a<|end|>")
     assert [tokenizer.spelling(token_id) for token_id in ids] == [" ", "a", "<|end|>"]
     assert tokenizer.spelling(tokenizer.text("ü")[0]) == "\ufffd"
+
+
+def test_other_threads_run_while_a_long_text_is_read(folder: Path) -> None:
+    tokenizer, turns = Tokenizer(folder), 0
+    with ThreadPoolExecutor(1) as pool:
+        ids = pool.submit(tokenizer.text, "a " * 250_000)
+        while not ids.done():
+            time.sleep(0.001)
+            turns += 1
+    assert len(ids.result()) == 500_000
+    assert turns > 40  # a handful, if the library kept the others waiting

@@ -77,6 +77,7 @@ function askForKey(refused) {
     const dialog = document.getElementById("key");
     const value = document.getElementById("key-value");
     value.value = "";
+    document.getElementById("key-refused").hidden = refused === null;
     dialog.addEventListener("close", () => {
       if (value.value) sessionStorage.setItem(KEY, value.value.trim());
       asking = null;

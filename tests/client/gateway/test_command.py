@@ -78,6 +78,15 @@ def test_a_policy_that_cannot_be_read_ends_it(tmp_path: Path, capsys: Output) ->
     assert "none.toml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", [True, False])
+def test_it_says_when_other_machines_reach_it_and_who_may_use_it(policy: Path, tmp_path: Path, key: bool) -> None:
+    (tmp_path / "key").write_text("a-key")
+    words = ["--connect", "127.0.0.1:1", "--policy", str(policy), "--insecure-listen", "--listen", "0.0.0.0:0"]
+    with gateway(tmp_path, *words, *(("--api-key-file", str(tmp_path / "key")) if key else ())) as running:
+        (told,) = (line for line in running.log().splitlines() if "INSECURE" in line)
+        assert ("--api-key-file" in told) != key
+
+
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

@@ -1,4 +1,4 @@
-"""One answer, driven against a scripted worker: whoever cancels it ends it, also where no text comes."""
+"""One answer, driven against a scripted worker: whoever cancels it ends it, also where nothing comes."""
 
 import threading
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from client.tokenizer import Tokenizer
 from tests.client.fake_worker import EOS, FakeWorker, Script
 from tests.client.gateway.stand import asked
 from tests.faults.fleet import until
-from wire.errors import ContextError
+from wire.errors import ContextError, UnavailableError
 
 Serve = Callable[[Script], FakeWorker]
 BASE = Request("tiny", "secure-infer", "int8")
@@ -55,9 +55,9 @@ def test_tokens_of_a_stop_string_are_not_reported(serve: Serve, folder: Path) ->
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_cancelling_ends_the_turn_while_nothing_comes(serve: Serve, folder: Path, count: int) -> None:
-    """The worker sends so many tokens and then nothing until it is told to end."""
-    fake, events = serve(Script(answers=[Tokenizer(folder).text("a")[:count]])), list[Any]()
+def test_cancelling_ends_the_answer_of_a_worker_that_is_silent(serve: Serve, folder: Path, count: int) -> None:
+    """It sends so many tokens and then nothing, whatever it is told."""
+    fake, events = serve(Script(answers=[Tokenizer(folder).text("a")[:count]], deaf=True)), list[Any]()
     with connect(fake.target, Policy()) as worker:
         one = Generation(worker, model(folder), order(), events.append)
         thread = threading.Thread(target=one.run)
@@ -66,9 +66,8 @@ def test_cancelling_ends_the_turn_while_nothing_comes(serve: Serve, folder: Path
         one.cancel()
         thread.join(10)
         assert not thread.is_alive()
-    assert fake.frames[-1].end_turn
     assert fake.closed.wait(10)
-    assert [type(event) for event in events] == [*[Piece] * count, End]
+    assert [type(event) for event in events] == [*[Piece] * count, UnavailableError]
 
 
 def test_who_cancels_before_it_begins_sends_no_prompt(serve: Serve, folder: Path) -> None:

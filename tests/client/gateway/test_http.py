@@ -45,6 +45,7 @@ def test_the_greeting_has_lines_that_work(running: Running) -> None:
 def test_what_is_not_there_is_an_error_object(running: Running, method: str, path: str, status: int) -> None:
     answer = running.http.request(method, path)
     assert answer.status_code == status
+    assert ("allow" in answer.headers) == (status == 405)
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
@@ -110,6 +111,14 @@ def test_a_client_that_leaves_ends_its_answer_and_its_session(running: Running, 
     assert stand.stats().tokens < tokens + 900  # the context holds more, and at this temperature nothing else ends it
 
 
+def test_a_client_that_leaves_within_its_request_counts_as_one_that_left(running: Running) -> None:
+    cancelled, errors = (metric(running, f"cleave_gateway_{name}_total") for name in ("cancelled", "errors"))
+    with _Socket(running, {"model": "demo", "messages": asked(LONG)}, whole=False):
+        pass
+    until(lambda: metric(running, "cleave_gateway_cancelled_total") == cancelled + 1)
+    assert metric(running, "cleave_gateway_errors_total") == errors
+
+
 def _posted(running: Running, body: dict[str, object]) -> "_Socket":
     return _Socket(running, body)
 
@@ -117,12 +126,12 @@ def _posted(running: Running, body: dict[str, object]) -> "_Socket":
 class _Socket:
     """A request on a socket of its own, which the block's end closes without reading an answer."""
 
-    def __init__(self, running: Running, body: dict[str, object]) -> None:
+    def __init__(self, running: Running, body: dict[str, object], whole: bool = True) -> None:
         content = json.dumps(body).encode()
         host, port = running.url.removeprefix("http://").split(":")
         self._socket = socket.create_connection((host, int(port)), PATIENCE)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
-        self._socket.sendall(head.encode() + content)
+        self._socket.sendall(head.encode() + content[: None if whole else -1])
 
     def __enter__(self) -> None:
         pass

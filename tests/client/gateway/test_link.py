@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from queue import Queue
+from threading import Event
 from typing import Any
 
 import pytest
@@ -46,13 +47,18 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.02)
 
 
+def written(folder: Path) -> Path:
+    """A policy that nobody meets."""
+    policy = folder / "policy.toml"
+    policy.write_text(simulated_policy.text("ab" * 32, "ab" * 48, "secure-infer", []))
+    return policy
+
+
 def play(tmp_path: Path, scene: Callable[[Scripted], Awaitable[None]]) -> None:
     """Run a scene beside a link that keeps itself."""
-    policy = tmp_path / "policy.toml"
-    policy.write_text(simulated_policy.text("ab" * 32, "ab" * 48, "secure-infer", []))
 
     async def run() -> None:
-        link = Scripted(policy)
+        link = Scripted(written(tmp_path))
         keeper = asyncio.create_task(link.keep())
         try:
             await asyncio.wait_for(scene(link), 30)
@@ -78,6 +84,29 @@ def test_calls_wait_for_the_first_verdict(tmp_path: Path) -> None:
         assert link.lines == ["verified: tdx"]
 
     play(tmp_path, scene)
+
+
+def test_the_end_does_not_wait_for_an_attempt_that_hangs(tmp_path: Path) -> None:
+    over = Event()
+
+    class Silent(Scripted):
+        ended: bool | None = None
+
+        def _attest(self) -> None:
+            self.ended = over.wait(10)
+
+    links: list[Silent] = []
+
+    async def run() -> None:
+        links.append(Silent(written(tmp_path)))
+        keeper = asyncio.create_task(links[0].keep())
+        await come(lambda: links[0].attempts == 1)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+    asyncio.run(run())
+    assert links[0].ended is None
+    over.set()
 
 
 def test_a_refusal_is_what_every_call_gets_until_one_is_accepted(tmp_path: Path) -> None:

@@ -147,6 +147,14 @@ def test_a_message_that_cannot_be_passed_on_whole_is_refused(message: Any, param
     assert refusal(messages=[*MESSAGES, message]).param == param
 
 
+def test_answers_of_other_servers_come_back_in_a_history() -> None:
+    extra: dict[str, Any] = {"refusal": None, "annotations": [], "audio": None, "tool_calls": None}
+    history = [*MESSAGES, {"role": "assistant", "content": "It is.", **extra}, *MESSAGES]
+    plain = [*MESSAGES, {"role": "assistant", "content": "It is."}, *MESSAGES]
+    tokenizer = Tokenizer(DEMO_MODEL)
+    assert chat(messages=history).tokens(tokenizer) == tokenizer.chat(plain)
+
+
 def test_completions_take_one_prompt() -> None:
     tokenizer = Tokenizer(DEMO_MODEL)
     ids = tokenizer.text("Cleave")
