@@ -91,8 +91,8 @@ class DecodeStream:
 
     def close(self) -> None:
         """End the call; the server frees the session's step."""
+        self._call.cancel()  # first: a server that ends it because no more is to come would look like a loss
         self._requests.put(None)
-        self._call.cancel()
         self._reader.join(timeout=5)
 
     def _sealed(self) -> Iterator[pb.Sealed]:
