@@ -7,13 +7,10 @@ missing.
 
 import argparse
 import os
-import signal
 import sys
-from types import FrameType
-from typing import NoReturn
 
 from client import flags
-from client.terminal import one_line
+from client.terminal import one_line, unwind_on_signals
 
 INTERRUPTED = 130
 
@@ -25,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         from client import doctor
 
         return doctor.run(flags.DEMO_MODEL)
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGHUP, _leave)
+    unwind_on_signals()
     try:
         return _guarded(options)
     except ModuleNotFoundError as error:
@@ -68,11 +64,6 @@ def _run(options: argparse.Namespace) -> int:
 def _fail(options: argparse.Namespace, text: str) -> int:
     print(f"cleave {options.command}: {one_line(text)}", file=sys.stderr)
     return 1
-
-
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    """SIGTERM and SIGHUP unwind like an error, so that the workers are stopped."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

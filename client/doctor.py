@@ -40,6 +40,7 @@ _TEE = {
     "/sys/kernel/config/tsm/report": "no attestation reports from the kernel (configfs-tsm)",
 }
 _SMI_SECONDS = 10.0
+_CAP_IPC_LOCK = 14  # of linux/capability.h
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def _machine() -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    locked = "unlimited" if limit == resource.RLIM_INFINITY else size(limit)
-    advice = "" if limit == resource.RLIM_INFINITY else "a larger secure memory is not locked; raise `ulimit -l`"
+    free = limit == resource.RLIM_INFINITY or _locks_freely()
+    locked = "unlimited" if free else size(limit)
+    advice = "" if free else "a larger secure memory is not locked; raise `ulimit -l`"
     groups = Path("/sys/fs/cgroup/cgroup.controllers")
     limited = groups.is_file() and "memory" in groups.read_text().split()
     return [
@@ -92,6 +94,13 @@ def _machine() -> list[Finding]:
         if limited
         else Finding("absent", "control groups (v2) with memory", "RLIMIT_DATA bounds the trusted worker's process"),
     ]
+
+
+def _locks_freely(status: Path = Path("/proc/self/status")) -> bool:
+    """Whether no limit of locked memory holds for this process: root's usual case."""
+    lines = status.read_text().splitlines() if status.exists() else []
+    held = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    return bool(held >> _CAP_IPC_LOCK & 1)
 
 
 def _proc_flags() -> set[str]:

@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        hint = f"; `{self.prog} --help` lists what there is" if message.startswith("unrecognized") else ""
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
 
 
 class _More(argparse.Action):
@@ -47,7 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     attest = commands.add_parser("attest", help="ask a worker for evidence, verify evidence, measure images")
     add_attest(attest, Parser)
     commands.add_parser("doctor", help="say what this machine can do and what is missing")
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command in ("chat", "up", "gateway"):
         _check_cluster({"chat": chat, "up": up, "gateway": gateway}[options.command], options)
     if options.command == "gateway" and bool(options.connect) != bool(options.policy):
@@ -281,5 +284,7 @@ def _check_chat(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--logprobs needs --json")
     if options.policy and not options.connect:
         parser.error("--policy needs --connect: a cluster that this command starts comes with a policy of its own")
+    if options.insecure_unattested and not options.connect:
+        parser.error("--insecure-unattested needs --connect: a cluster that this command starts comes with evidence")
     if options.policy and options.insecure_unattested:
         parser.error("--policy wants evidence, --insecure-unattested wants none: leave one out")

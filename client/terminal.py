@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -43,7 +43,7 @@ def _styled() -> bool:
 def size(count: float) -> str:
     """Bytes for people: 1536 -> 1.5 KiB."""
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if round(count, 1) < 1024:  # 1023.96 MiB is 1.0 GiB, and not 1024.0 MiB
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
@@ -79,6 +79,21 @@ class Progress:
 
 def quiet(stage: str, seconds: float) -> None:
     """The progress of somebody who does not want to see any."""
+
+
+def unwind_on_signals() -> None:
+    """SIGTERM and SIGHUP unwind like an error, once, so that workers are stopped and folders removed.
+
+    What is ignored stays so: `nohup` ignores SIGHUP for what it starts.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # another one would end the unwinding half-way
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

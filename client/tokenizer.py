@@ -28,7 +28,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json: give the prompt as --token-ids 1,2,3")
+            raise CheckpointError(f"{folder} has no tokenizer.json: without it only `cleave chat --token-ids 1,2,3`")
         try:
             self._encoder = Encoder.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower

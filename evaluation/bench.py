@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from client.terminal import Progress, one_line, size
+from client.terminal import Progress, one_line, size, unwind_on_signals
 from deploy.local.cluster import Settings
 from evaluation import bars, curve, extraction, fhe, flags, machine_rates, pictures, plot, ratios, roofline
 from evaluation.bench_tables import bench_table, fhe_table
@@ -48,6 +48,7 @@ INTERRUPTED = 130
 def main() -> None:
     """Run what was asked for. Status 1 with one line for what goes wrong, or when the soak or the curve finds it."""
     options, progress = flags.parse(), Progress(sys.stderr)
+    unwind_on_signals()
     work = {"soak": soak, "budget_curve": budget_curve, "extraction": extract, "fhe": encrypted}
     chosen = next((run for name, run in work.items() if getattr(options, name)), bench)
     try:

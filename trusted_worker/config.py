@@ -89,7 +89,7 @@ def size(text: str) -> int:
 def count(text: str) -> int:
     """A number that is not negative. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of things")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from client.attestation import snp, tdx
-from client.attestation.checklist import Step, Wrong, refuse
+from client.attestation.checklist import Refusal, Step, Wrong, refuse
 from client.attestation.rules import SEV_SNP, SIMULATED, TDX, AllowList, Rules, SimulatedRules, SnpRules
 from client.attestation.snp_case import SnpEvidence
 from client.attestation.snp_products import PRODUCTS, TCB_LAYOUTS
@@ -11,6 +11,7 @@ from client.attestation.tdx import TdxEvidence
 
 MARKER = b"SIMULATED-NO-TEE"  # FAMILY_ID of every simulated report: a log or a hex dump shows what it is
 _FAMILY_ID = slice(0x10, 0x20)
+_RESTARTED = "use the policy file that this start of the worker wrote: each has a root of its own"
 
 
 def examine(
@@ -42,7 +43,12 @@ def _simulated(evidence: SnpEvidence, rules: SimulatedRules, at: datetime, expec
         wrong = Wrong("the report lacks the marker of simulated evidence", "use the policy for real hardware")
         raise refuse(SIMULATED, 0, "provider", wrong)
     roots = dict.fromkeys(PRODUCTS, rules.dev_root_sha256)
-    return snp.verify(evidence, _rules_of(rules), at, expected, roots, SIMULATED)
+    try:
+        return snp.verify(evidence, _rules_of(rules), at, expected, roots, SIMULATED)
+    except Refusal as refusal:
+        if refusal.step.field != "chain":
+            raise
+        raise Refusal(SIMULATED, refusal.step, _RESTARTED, refusal.steps[:-1]) from refusal
 
 
 def _rules_of(rules: SimulatedRules) -> SnpRules:

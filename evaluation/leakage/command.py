@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client.flags import DEMO_MODEL, Parser
-from client.terminal import Progress, one_line
+from client.terminal import Progress, one_line, unwind_on_signals
 from evaluation import pictures
 from evaluation.bench import INTERRUPTED, machine
 from evaluation.leakage import heatmap, report, suite, table
@@ -31,6 +31,7 @@ SCHEMA = 1
 def run() -> int:
     """Status 0: the gate is passed; 1: it is not, or something went wrong."""
     options, progress = _parse(), Progress(sys.stderr)
+    unwind_on_signals()
     try:
         return _run(options, progress)
     except CleaveError as error:
@@ -109,6 +110,8 @@ def _require(options: argparse.Namespace) -> None:
         raise PreconditionError("attacks need scipy: pip install 'cleave[leakage]'") from None
     if options.plot:
         pictures.require(options.plot)
+    if options.markdown and not options.markdown.resolve().parent.is_dir():
+        raise PreconditionError(f"{options.markdown} must be a file in a folder that is there")
 
 
 def _commit() -> str:

@@ -20,6 +20,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from client.flags import DEMO_MODEL
+from client.terminal import unwind_on_signals
 from deploy.local.child import Progress
 from evaluation.attacks.knowledge import Fact, Ints
 from evaluation.attacks.public_model import PublicModel
@@ -116,7 +117,7 @@ class Crew:
 
     def _all(self, what: str, pieces: Sequence[Callable[[], T]]) -> list[T]:
         started = time.monotonic()
-        futures: list[Future[T]] = [self._pool.submit(piece) for piece in pieces]
+        futures: list[Future[T]] = [self._pool.submit(_piece, piece) for piece in pieces]
         pending = set(futures)
         while pending:
             done, pending = wait(pending, LOOK_SECONDS, FIRST_COMPLETED)
@@ -127,10 +128,19 @@ class Crew:
 
 
 def _begin(parent: int) -> None:
-    """A process of the pool: it ends with its parent, who alone is interrupted."""
+    """A process of the pool: it ends with its parent, who alone is interrupted. It stops its own workers first."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.WARNING)  # what a trusted worker that is put together here would warn its owner of
+    unwind_on_signals()
+
+
+def _piece(piece: Callable[[], T]) -> T:
+    """Run it. A signal ends the process, and is no result: the pool would go on with the next piece."""
+    try:
+        return piece()
+    except SystemExit:
+        os._exit(1)
 
 
 def _record(job: Job, staged: stage.Staged) -> None:

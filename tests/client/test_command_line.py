@@ -1,5 +1,6 @@
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from client import flags, talk
+from client import doctor, flags, talk, terminal
 from client.__main__ import main
 from client.tokenizer import Tokenizer
 from deploy.local import simulated_policy
@@ -141,7 +142,11 @@ def test_known_errors_are_one_line(serve: Serve, folder: Path, capsys: Output, f
         (["--scheme", "magic"], "invalid choice"),
         (["--policy", "policy.toml"], "--policy needs --connect"),
         (["--connect", "h:1", "--policy", "p", "--insecure-unattested"], "leave one out"),
-        (["--connect", "h:1", "--policy-file", "p"], "unrecognized arguments: --policy-file"),
+        (["--insecure-unattested"], "--insecure-unattested needs --connect"),
+        (
+            ["--connect", "h:1", "--policy-file", "p"],
+            "cleave chat: unrecognized arguments: --policy-file p; `cleave chat --help` lists what there is",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_two(capsys: Output, flags: list[str], says: str) -> None:
@@ -267,3 +272,30 @@ def test_doctor_reports_and_imports_nothing_heavy(capsys: Output) -> None:
     assert {line.split()[0] for line in lines} <= {"ok", "missing", "absent"}
     assert any("numpy" in line for line in lines)
     assert not {"torch", "numba"} & (set(sys.modules) - loaded)
+
+
+@pytest.mark.parametrize(("held", "freely"), [("0000000000004000", True), ("000001ffffffbfff", False)])
+def test_doctor_knows_who_is_above_the_limit_of_locked_memory(tmp_path: Path, held: str, freely: bool) -> None:
+    status = tmp_path / "status"
+    status.write_text(f"Name:\tpython\nCapPrm:\t{held}\nCapEff:\t{held}\n")
+    assert doctor._locks_freely(status) is freely
+    assert not doctor._locks_freely(tmp_path / "nowhere")
+
+
+def test_an_ignored_hangup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, object] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    terminal.unwind_on_signals()
+    assert handlers[signal.SIGHUP] is signal.SIG_IGN  # as nohup wants it
+    leave = handlers[signal.SIGTERM]
+    assert callable(leave)
+    with pytest.raises(SystemExit) as left:
+        leave(signal.SIGTERM, None)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert handlers[signal.SIGTERM] is signal.SIG_IGN  # a second one does not end the unwinding
+
+
+def test_a_size_never_shows_more_than_its_unit_holds() -> None:
+    shown = [terminal.size(count) for count in (0, 1023, 1024, 1536, (1 << 20) - 1, (1 << 30) - 999, 1 << 30)]
+    assert shown == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "1.0 GiB", "1.0 GiB"]

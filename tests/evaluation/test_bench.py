@@ -112,6 +112,16 @@ def test_a_picture_that_cannot_be_drawn_is_found_before_anything_is_measured(wor
     ],
 )
 def test_an_interrupt_leaves_nothing_behind(flags: list[str], tmp_path: Path) -> None:
+    status, rest = stopped(signal.SIGINT, flags, tmp_path)
+    assert (status, rest.splitlines()[-1]) == (130, "cleave-bench: interrupted")
+
+
+def test_a_signal_from_outside_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert stopped(signal.SIGTERM, ["--schemes", "secure-infer", "--repeat", "1000"], tmp_path)[0] == 128 + 15
+
+
+def stopped(number: int, flags: list[str], tmp_path: Path) -> tuple[int, str]:
+    """Status and last words of a bench that gets a signal while it measures."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -123,13 +133,13 @@ def test_an_interrupt_leaves_nothing_behind(flags: list[str], tmp_path: Path) ->
             seen.append(running.stderr.readline())
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         assert children
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         rest = running.stderr.read()
-        assert running.wait(60) == 130
-    assert rest.splitlines()[-1] == "cleave-bench: interrupted"
+        status = running.wait(60)
     assert "Traceback" not in rest
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert list(tmp_path.iterdir()) == []
+    return status, rest
 
 
 def test_a_context_that_the_model_lacks_is_one_line() -> None:

@@ -62,6 +62,7 @@ def test_two_starts_have_different_roots_and_refuse_each_other(simulator: Simula
     finally:
         other.stop()
     assert refused.value.step.field == "chain"
+    assert "this start of the worker" in refused.value.advice  # and nothing about AMD
 
 
 @pytest.mark.refusal

@@ -1,8 +1,11 @@
 """cleave-leakage --quick as the build runs it: every scheme in real processes, every attack, the gate."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,27 @@ def test_flags_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         assert done.returncode in (1, 2)
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_report_that_could_not_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    done = leakage("--quick", "--markdown", str(tmp_path / "nowhere" / "report.md"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"cleave-leakage: {tmp_path}/nowhere/report.md must be a file in a folder that is there"
+    ]
+
+
+def test_an_interrupt_stops_recordings_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [*COMMAND, "--quick"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        while len(list(tmp_path.glob("cleave-*/gpu.sock"))) < 1:
+            assert running.poll() is None, "it ended by itself"
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        assert running.stderr
+        rest = running.stderr.read()
+        assert running.wait(60) == 130
+    assert rest.splitlines()[-1] == "cleave-leakage: interrupted"
+    assert list(tmp_path.iterdir()) == []
