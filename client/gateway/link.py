@@ -144,9 +144,9 @@ class Link:
             self.trusted.renew(policy)
         self.policy_digest = digest
 
-    def age(self) -> float:
-        """Of the evidence that was accepted last, in seconds; 0 when there is none."""
-        return (datetime.now(UTC) - self.trusted.peer.at).total_seconds() if self.trusted else 0.0
+    def age(self) -> float | None:
+        """Of the evidence that was accepted last, in seconds; None when there is none."""
+        return (datetime.now(UTC) - self.trusted.peer.at).total_seconds() if self.trusted else None
 
 
 async def _apart(work: Callable[[], None]) -> None:

@@ -48,10 +48,13 @@ class Metrics:
 
 
 def _link(link: Link) -> list[Metric]:
+    age, evidence = link.age(), list[Metric]()
+    if age is not None:
+        evidence = [("cleave_gateway_evidence_age_seconds", "Of the evidence accepted last.", round(age, 3))]
     return [
         ("cleave_gateway_ready", "1: the trusted worker is verified.", int(link.ready)),
         ("cleave_gateway_verifications_total", "Times that evidence was asked for.", link.attempts),
         ("cleave_gateway_verification_failures_total", "Of these, refused or without answer.", link.failures),
-        ("cleave_gateway_evidence_age_seconds", "Of the evidence accepted last.", round(link.age(), 3)),
+        *evidence,
         ("process_resident_memory_bytes", "Resident memory of the gateway.", resident_bytes()),
     ]

@@ -88,6 +88,7 @@ def test_nobody_there_at_the_start_is_said_and_waited_for(stand: Stand, tmp_path
     nowhere = f"unix:{tmp_path}/nobody"
     with gateway(tmp_path, "--connect", nowhere, "--policy", str(stand.policy)) as running:
         error = refused(running)
+        assert "evidence_age" not in running.http.get("/metrics").text  # there is none
         assert error["step"] == {"number": None, "field": "connect"}
         assert running.get("/v1/attestation/report")["verdict"] == "none"
 
