@@ -109,13 +109,18 @@ def _recurring(found: Seen) -> Fact:
     by_place = [steps(rows) for rows in found]
     every = np.concatenate(by_place)
     owner = np.repeat(np.arange(len(by_place)), [len(one) for one in by_place])
-    wide = every.astype(np.uint64)
-    one, other = recurring(((wide[:, 0] << np.uint64(32)) + wide[:, 1]) * MIX + wide[:, 2] * (MIX >> np.uint64(7)), 64)
+    one, other = recurring(np.concatenate([_keys(triples) for triples in by_place]), 64)
     same = (every[one] == every[other]).all(axis=1)
     hits = len({*owner[one[same]].tolist(), *owner[other[same]].tolist()})
     chance = min(1.0, float(len(every)) ** 2 * 2.0**-95)
     p = chance if hits else 1.0
     return Fact("known masks, stretches that recur", "places with one", hits, len(found), chance, p)
+
+
+def _keys(triples: Words) -> npt.NDArray[np.uint64]:
+    first, second, third = (triples[:, at].astype(np.uint64) for at in range(3))
+    found: npt.NDArray[np.uint64] = (first << np.uint64(32) | second) * MIX + third * (MIX >> np.uint64(7))
+    return found
 
 
 def steps(rows: Words) -> Words:
