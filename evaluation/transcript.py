@@ -27,6 +27,7 @@ class Exchange:
     down: Array
     us: int = 0  # when, since the worker started
     stream: int = 0
+    refused: bool = False  # the worker has what went up all the same
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Transcript:
     @property
     def exchanges(self) -> list[Exchange]:
         """The calls that were answered with a tensor or with nothing."""
-        return self.of(Exchange)
+        return [exchange for exchange in self.of(Exchange) if not exchange.refused]
 
     def of(self, kind: type[T]) -> list[T]:
         """The events of one kind."""
@@ -89,12 +90,12 @@ def _segment(index: Path) -> Iterator[Event]:
 
 
 def _event(fields: dict[str, Any], content: Array) -> Event | None:
-    """None for what is no event: starts, loads, refused calls."""
+    """None for what is no event: starts, loads."""
     match fields["kind"]:
-        case "call" if "refused" not in fields:
+        case "call":
             operation = pb.Operation.FromString(base64.b64decode(fields["operation"]))
             up, down = (_tensor(fields[way], content) if way in fields else _NOTHING for way in ("up", "down"))
-            return Exchange(operation, up, down, fields["us"], fields["stream"])
+            return Exchange(operation, up, down, fields["us"], fields["stream"], "refused" in fields)
         case "held":
             return Held(fields["name"], fields["layer"], _tensor(fields["tensor"], content))
         case "cache":

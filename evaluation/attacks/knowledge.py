@@ -5,14 +5,15 @@ read, and is either a list of answers, which somebody else compares with the tru
 truth: that so many of so many trials came out as they would not by chance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from evaluation.attacks.public_model import PublicModel
-from evaluation.attacks.view import View
+from evaluation.attacks.view import Place, View
+from evaluation.transcript import Array
 
 Ints = npt.NDArray[np.int64]
 
@@ -44,6 +45,9 @@ class Knowledge:
     metered: dict[int, int] = field(default_factory=dict)  # conversations whose kind he knows: 0 or 1
     unmetered: tuple[int, ...] = ()  # those of which he wants to know it
     repeated: int | None = None  # the prompt that is one token, over and over, which he chose
+    clear: Mapping[int, Mapping[Place, Array]] = field(
+        default_factory=dict
+    )  # known prompts, as the program computes them
     seed: int = 0
 
     @property

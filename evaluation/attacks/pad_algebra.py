@@ -1,7 +1,7 @@
 """Pad algebra: additive masks that combine a pool of K < d pads, instead of being fresh.
 
 Source: the attacks on precomputed noise (arXiv 2602.11088), turned on inputs. Needs: public weights; (2) also prompts
-that are known. Reads: the rows that enter layer 0.
+that are known. Reads: the rows that enter layer 0; (3) those that enter any linear.
 
 (1) Masks over floats fill K directions, and with much more than activations have. Without those directions (principal
     components, up to where the spectrum falls) the activation is left in d - K dimensions, to be compared with every
@@ -9,6 +9,7 @@ that are known. Reads: the rows that enter layer 0.
 (2) Masks in the ring: geometry is void modulo 2^32, linear algebra is not. The scale of a row is a public rule of the
     token (fixed_point.py), so a row of a known token gives its mask, exactly. Known masks span the pool; modulo that
     span any other row's mask is 0, and what is left of it is its token's. Some K known rows are enough.
+(3) Whatever else is wrong with masks that are known: known_masks.py.
 
 Fresh masks leave (1) a spectrum that does not fall, (2) a span that is everything, or has no other mask in it.
 """
@@ -16,9 +17,9 @@ Fresh masks leave (1) a spectrum that does not fall, (2) a span that is everythi
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.attacks import fixed_point
 from evaluation.attacks.embedding import nearest, unit
 from evaluation.attacks.knowledge import Answers, Finding, Knowledge
+from evaluation.attacks.known_masks import facts, first_masks, ring_input, vocabulary
 from evaluation.attacks.parts import part, victims
 from evaluation.attacks.view import View
 
@@ -42,6 +43,7 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
     return [
         Answers("input, layer 0, without the masks' directions", "tokens", projected, len(table)),
         Answers("input, layer 0, modulo the known masks", "tokens", modulo, len(table)),
+        *facts(view, known),
     ]
 
 
@@ -58,31 +60,14 @@ def without_masks(rows: F32) -> F32:
 
 def _modulo(view: View, known: Knowledge) -> npt.NDArray[np.int64]:
     """(2)"""
-    seen = {number: _ring(view, known, number) for number in (*known.known, *known.victims)}
-    table = _table(view, known)
-    found = np.concatenate([seen[number] - table[ids] for number, ids in known.known.items()])
-    wanted = np.concatenate([seen[number][len(known.prefix) :] for number in known.victims])
+    found, table = np.concatenate(list(first_masks(view, known).values())), vocabulary(view, known)
+    wanted = np.concatenate([ring_input(view, known, number)[len(known.prefix) :] for number in known.victims])
     basis, pivots = span(found)
     free = np.setdiff1d(np.arange(table.shape[1]), pivots)[:CHECKED]
     left, candidates = (reduced(rows, basis, pivots, free) for rows in (wanted, table))
     agree = np.array([(candidates == row).sum(axis=1) for row in left])
     said: npt.NDArray[np.int64] = agree.argmax(axis=1)
     return said
-
-
-def _ring(view: View, known: Knowledge, number: int) -> U32:
-    """The input of layer 0 as words of the ring."""
-    if view.has("input") and view.prompts[number]["input", 0].dtype == np.int32:
-        return np.ascontiguousarray(view.prompts[number]["input", 0]).view(np.uint32)
-    rows = part(view, known, "input", 0, [number])
-    return fixed_point.integers(known.model, np.zeros((0, 0), np.float32) if rows is None else rows).view(np.uint32)
-
-
-def _table(view: View, known: Knowledge) -> U32:
-    """Those of every token, at the precision of what is seen."""
-    if view.has("input") and view.prompts[0]["input", 0].dtype == np.int32:
-        return fixed_point.vocabulary(known.model).view(np.uint32)
-    return fixed_point.integers(known.model, known.model.first.input[:, 0]).view(np.uint32)
 
 
 def span(rows: U32) -> tuple[U32, list[int]]:

@@ -40,9 +40,9 @@ def attack(view: View, known: Knowledge) -> list[Finding]:
     if not places:
         return []
     return [
-        *_bytes("bytes", places, lambda rows: rows),
-        *_bytes("differences of neighbouring words", places, across),
-        *_bytes("differences of neighbouring rows", places, along),
+        *byte_facts("bytes", places, lambda rows: rows),
+        *byte_facts("differences of neighbouring words", places, across),
+        *byte_facts("differences of neighbouring rows", places, along),
         *_recurring(places),
         *_bare(places),
     ]
@@ -60,7 +60,8 @@ def along(rows: Words) -> Words:
     return rows[1:even:2] - rows[0:even:2]
 
 
-def _bytes(target: str, places: list[Words], seen: Callable[[Words], Words]) -> list[Finding]:
+def byte_facts(target: str, places: list[Words], seen: Callable[[Words], Words]) -> list[Finding]:
+    """The chi-square of what is `seen` of each place, and of all; nothing where there are too few words."""
     counts = [count_bytes(seen(rows)) for rows in places]
     tested = [one for one in (*counts, np.sum(counts, axis=0)) if one[0].sum() >= LEAST]
     if not tested:
@@ -118,6 +119,7 @@ def _bare(places: list[Words]) -> list[Finding]:
 
 def window_numbers(rows: Words) -> npt.NDArray[np.int64]:
     """How many words of each whole window of each row look like numbers: integers of the ring, or float32."""
+    rows = rows if rows.shape[1] >= WINDOW else rows.reshape(1, -1)  # narrow ones as one
     rows = rows[:, : rows.shape[1] // WINDOW * WINDOW]
     exponent = (rows >> np.uint32(23)) & np.uint32(255)
     number = (exponent >= EXPONENTS.start) & (exponent < EXPONENTS.stop)

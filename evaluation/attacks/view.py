@@ -60,7 +60,7 @@ class View:
 def _rows(transcript: Transcript) -> dict[Place, list[Array]]:
     found: dict[Place, list[Array]] = defaultdict(list)
     for event in transcript.events:
-        for place, rows in _places(event):
+        for place, rows in _places(event) if not isinstance(event, Exchange) or not event.refused else ():
             if len(rows) > 1:
                 found[place].append(rows)
     return found

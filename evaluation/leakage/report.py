@@ -18,13 +18,15 @@ EXPOSED = (
 SHORT = {BROKEN: "**broken**", CHANCE: "chance", DESIGN: "by design", NOT_RUN: "-"}
 HOW_TO_READ = """\
 A client says a script of random prompts under every scheme, to real workers in real processes. The GPU worker records
-all that it receives, sends and holds (`cleave-gpu-worker --record DIR`). Each attack is given such a recording and the
-knowledge that its column names, and nothing else: an import contract keeps it from everything that is ours.
+every call with its tensors, and what it holds (`cleave-gpu-worker --record DIR`). Each attack is given such a recording
+and the knowledge that its column names, and nothing else: an import contract keeps it from the workers' code.
 
 - A cell shows the best that an attack recovers over its targets, and the verdict. Every target has a line further down.
 - **broken**: more was recovered than chance gives. Victims' tokens are drawn uniformly, so chance is known exactly; all
   cells of `{protected}` together call a sound build broken once in a million runs (one-sided, Bonferroni).
 - **chance**: no more than chance, by an attack that broke `plain` in the same run. Where it did not, it is not run.
+  A leak that is small for the number of trials is not seen. `{protected}` is broken by
+  {seen}.
 - **by design**: what every scheme shows; see the list above.
 - **-**: not run: nothing is sent or held that the attack could be tried on (the reasons are in the JSON); or, below the
   line, an attack that is not meant for the scheme.
@@ -36,7 +38,9 @@ knowledge that its column names, and nothing else: an import contract keeps it f
 
 A clean row is evidence of sound plumbing, not a proof. The proof is the pad's: uniform words, used once. What no row
 here shows: microarchitectural leaks of a TEE, a second colluding worker, traffic on real networks, what the model's own
-answers give away."""
+answers give away. The script is said one conversation at a time, to a trusted worker whose embedding table fits its
+budget and which has pads for every row: masked lookups, batches, adapters and refused calls have tests of their own."""
+SMALLEST = ("distinguisher", "codebook", "embedding")  # of which the text above says what they see
 
 
 def document(result: dict[str, Any], picture: Path | None = None) -> str:
@@ -62,7 +66,7 @@ def document(result: dict[str, Any], picture: Path | None = None) -> str:
         "",
         "## How to read it",
         "",
-        HOW_TO_READ.format(protected=PROTECTED),
+        HOW_TO_READ.format(protected=PROTECTED, seen=_seen(result)),
         "",
         "## The attacks",
         "",
@@ -115,6 +119,24 @@ def best(result: dict[str, Any], scheme: str, attack: str) -> dict[str, Any] | N
 def ordered(result: dict[str, Any], field: str) -> list[str]:
     """The values of a field of the cells, in the order in which they come first."""
     return list(dict.fromkeys(one[field] for one in result["cells"]))
+
+
+def _seen(result: dict[str, Any]) -> str:
+    """From how many hits on an attack calls the protected scheme broken."""
+    said = []
+    for attack in SMALLEST:
+        one = best(result, PROTECTED, attack)
+        if one and one["verdict"] != NOT_RUN:
+            least = least_hits(one["trials"], one["chance"], result["gate"]["p_below"])
+            said.append(f"{attack} from {least} hits of {one['trials']} on")
+    return ", ".join(said) or "none of those that were run"
+
+
+def least_hits(trials: int, chance: float, limit: float) -> int:
+    """The fewest hits that chance has with a probability below the limit; more than there are trials: none do."""
+    from scipy.stats import binom
+
+    return next((hits for hits in range(trials + 1) if binom.sf(hits - 1, trials, chance) < limit), trials + 1)
 
 
 def _short(cell: dict[str, Any] | None) -> str:

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from evaluation.attacks.knowledge import Fact, Ints
-from evaluation.attacks.view import View
+from evaluation.attacks.knowledge import Fact, Ints, Knowledge
+from evaluation.attacks.view import PLACES, View
 from evaluation.leakage.cells import BROKEN, CHANCE, CONTROLLED, NOT_RUN, Cell, cell, judged, not_run
 from evaluation.leakage.prompts import Script
 from evaluation.leakage.table import ATTACKS, BARS, BY_DESIGN, CONTROL, HOLDS, PROTECTED, RELATIVES, Entry, Relative
 
+CLEAR = "split"  # the scheme that shows the integers of secure-infer without masks
 NOTHING_TO_TRY = "nothing for it is sent or held"
 Measured = Mapping[str, Mapping[str, list[Fact] | str]]  # by attack and scheme: facts, or why there are none
 
@@ -43,6 +45,7 @@ def tried(
     like the others; only the attacks that are to break them are tried on them.
     """
     shown_by, cells = {one.name: one.shown_by for one in relatives}, list[Cell]()
+    known = _informed(script.knowledge, views)
     for entry in attacks:
         if entry.attack is None:
             cells += _told(entry, (measured or {}).get(entry.name, {}), script)
@@ -52,7 +55,7 @@ def tried(
                 continue
             truth = script.truth | ({"answer lengths": answers[scheme]} if answers and scheme in answers else {})
             started = time.perf_counter()
-            findings = entry.attack(view, script.knowledge)
+            findings = entry.attack(view, known)
             seconds = (time.perf_counter() - started) / max(len(findings), 1)
             cells += [cell(scheme, entry.name, entry.knowledge, one, truth, seconds) for one in findings]
             cells += [] if findings else [not_run(scheme, entry.name, entry.knowledge, NOTHING_TO_TRY)]
@@ -88,6 +91,15 @@ def failures(
             found.append(f"{attack} recovers {best(scheme, attack):.3f} of {scheme}, known to give {least}")
     weak = [(scheme, attack) for scheme, attack in HOLDS if {one.verdict for one in of(scheme, attack)} != {CHANCE}]
     return found + [f"{scheme} does not hold against {attack}" for scheme, attack in weak]
+
+
+def _informed(known: Knowledge, views: Mapping[str, View]) -> Knowledge:
+    """With what enters each linear for prompts that the attacker knows: he has the program, and it is deterministic."""
+    if CLEAR not in views:
+        return known
+    shown, inputs = views[CLEAR].prompts, [name for name, _ in PLACES.values()]
+    numbers = [*known.known, *([] if known.repeated is None else [known.repeated])]
+    return replace(known, clear={n: {at: rows for at, rows in shown[n].items() if at[0] in inputs} for n in numbers})
 
 
 def _told(entry: Entry, facts: Mapping[str, list[Fact] | str], script: Script) -> list[Cell]:

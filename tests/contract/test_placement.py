@@ -14,7 +14,7 @@ from tests.simulators.workers import CheatingWorker, RecordingWorker
 from wire.errors import ExhaustedError, VerificationError
 from wire.kv_pages import KvType
 from wire.layout import Demand
-from wire.linears import PROJECTIONS, Linear, all_specs, lookup_spec
+from wire.linears import LOOKUP_LAYER, PROJECTIONS, Linear, all_specs, lookup_spec
 from wire.model_config import ModelConfig
 from wire.plan import smallest
 from wire.sheets import row_bytes
@@ -57,6 +57,26 @@ def test_exchanges_of_one_token(model_folder: Folder, name: str, where: str, exc
     small = build(folder, "secure-infer", flags=PLACES[where], budget=least(folder, where))
     assert small.weights.layout.embed == "scan"
     assert one_token(small) == exchanges * rig.config.layers + 2
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_a_lookup_is_uniform_words_and_no_pad_of_it_comes_again(model_folder: Folder, where: str) -> None:
+    """The tokens themselves go into it. Known ones leave the pad: no block of it recurs, here or at a linear."""
+    folder = model_folder("llama")
+    rig = build(folder, "secure-infer", worker=RecordingWorker, flags=PLACES[where], budget=least(folder, where))
+    for _ in range(3):
+        rig.logits(PROMPT, [20, 1, 19])
+        rig.fill()
+    ids, seen = 3 * PROMPT, cast(RecordingWorker, rig.worker).seen
+    words = np.concatenate([z for layer, _, z in seen if layer == LOOKUP_LAYER])
+    assert words.shape == (len(ids), rig.config.vocabulary)
+    counts = np.array([np.bincount(words.view(np.uint32).ravel() >> at & 255, minlength=256) for at in (0, 8, 16, 24)])
+    expected = words.size / 256
+    assert (((counts - expected) ** 2 / expected).sum(axis=1) < 420).all()  # 255 degrees of freedom: one in 1e9
+    words[np.arange(len(ids)), ids] -= 1
+    others = [row for layer, _, z in seen if layer != LOOKUP_LAYER for row in z]
+    blocks = [row[at : at + 4].tobytes() for row in (*words, *others) for at in range(0, len(row) - 3, 4)]
+    assert len(set(blocks)) == len(blocks)
 
 
 def test_only_the_other_linears_go_out_have_pads_and_are_checked(model_folder: Folder) -> None:

@@ -110,6 +110,17 @@ def test_an_aborted_step_and_its_retry_share_no_pad(
     assert len(set(pieces)) == len(pieces)
 
 
+def test_no_pad_comes_again_after_a_lie_or_on_a_new_stream(rig: Rig, rows_in: list[npt.NDArray[np.int32]]) -> None:
+    """Pads belong to the boot, not to the stream."""
+    for end in (rig.scheme.distrust, rig.worker.close, lambda: None):
+        rig.logits(PROMPT, [24])
+        end()
+        rig.fill()
+    pieces = [row[i : i + 4].tobytes() for row in pads(rig, rows_in) for i in range(0, len(row), 4)]
+    assert len(set(pieces)) == len(pieces)
+    assert len(pieces) > 3 * 24 * 4
+
+
 def test_the_same_words_under_another_boot_key_look_different(model_folder: Callable[[str], Path]) -> None:
     seen = []
     for _ in range(2):

@@ -97,7 +97,10 @@ def test_a_chain_is_written_as_a_forward_is(play: Play, tmp_path: Path) -> None:
 def test_refused_calls_are_no_exchanges(play: Play, tmp_path: Path) -> None:
     answers = play(pb.PRECISION_FLOAT32, (DROP, None), (RESERVE, None), (FORWARD, IDS + VOCABULARY))
     assert [answer.refused is not None for answer in answers] == [True, False, True]
-    assert [one.operation for one in Transcript.read(tmp_path / "kept").exchanges] == [RESERVE]
+    found = Transcript.read(tmp_path / "kept")
+    assert [one.operation for one in found.exchanges] == [RESERVE]
+    assert [one.refused for one in found.of(Exchange)] == [True, False, True]
+    assert found.of(Exchange)[2].up.size == len(IDS + VOCABULARY)  # what came with it was received
 
 
 def test_a_second_process_goes_on_behind_the_first(play: Play, tmp_path: Path) -> None:

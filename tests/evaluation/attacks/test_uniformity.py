@@ -108,3 +108,11 @@ def test_rows_of_one_linear_are_one_place() -> None:
     events = tuple(exchange(uniform(RNG, 150, 64), 0, linear) for linear in (Linear.QKV, Linear.QKV, Linear.O))
     (first, *_) = uniformity.attack(View(Transcript(events), ()), None)  # type: ignore[arg-type]
     assert first.trials == 2  # type: ignore[union-attr]  # QKV, and all together; O has too few alone
+
+
+def test_numbers_beside_the_rows_are_found() -> None:
+    """A scale for each row is narrower than any window."""
+    scales = np.abs(RNG.standard_normal((64, 1))).astype(np.float32) + np.float32(0.5)
+    found = facts(uniform(RNG, 400, 64), scales)
+    assert found[BARE].hits == 2
+    assert p(found[BARE]) < 1e-12

@@ -1,7 +1,10 @@
 """Rows find their prompts, whichever way calls were cut, and what does not fit is left out."""
 
+from dataclasses import replace
+
 import numpy as np
 
+from evaluation.attacks.crossed import crossed
 from evaluation.attacks.view import View
 from evaluation.transcript import Array, Cache, Event, Exchange, Held, Transcript
 from wire.linears import Linear
@@ -60,6 +63,14 @@ def test_held_tensors_are_rows_too() -> None:
     found = view([2], Held("residual", 1, np.ones((2, 3), np.float32)))
     assert found.has("residual", 1)
     assert not found.has("residual", 0)
+
+
+def test_a_refused_call_has_no_place_but_was_received() -> None:
+    refused = replace(product(2, 50), refused=True)
+    found = view([2], product(2, 0), refused)
+    np.testing.assert_array_equal(found.prompts[0]["input", 0], product(2, 0).up)
+    assert found.transcript.exchanges == [found.transcript.events[0]]
+    assert len(crossed(found.transcript)[0]) == 4
 
 
 def test_other_rows_in_their_place() -> None:

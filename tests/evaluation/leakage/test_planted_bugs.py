@@ -30,7 +30,7 @@ from wire.v1 import gpu_worker_pb2 as pb
 NAMES = ("embedding", "uniformity", "pad reuse", "pad algebra", "row space", "tampering")
 ATTACKS = [entry for entry in table.ATTACKS if entry.name in NAMES]
 TRIALS = 2048
-SECURE = "secure-infer"
+SECURE, INT8 = "secure-infer", pb.PRECISION_INT8
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,14 @@ def plain(folder: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def split(folder: Path, script: Script) -> View:
+    """What the public program makes of the same text."""
+    rig = build(folder, "split", worker=lambda *_: InProcessWorker(folder, script.knowledge.model.config, INT8))
+    say(rig, script)
+    return _view(rig, script)
+
+
+@pytest.fixture(scope="module")
 def tampered(folder: Path) -> dict[str, list[Fact]]:
     """What comes of tampering where nothing is amiss."""
     return tampering.facts(folder, folder, trials=TRIALS)
@@ -66,7 +74,7 @@ def make(folder: Path, script: Script) -> Callable[[], Rig]:
     """Real secure-infer on a real GPU worker, in this process, with pads for the whole script."""
 
     def worker(*_: object) -> InProcessWorker:
-        return InProcessWorker(folder, script.knowledge.model.config, pb.PRECISION_INT8)
+        return InProcessWorker(folder, script.knowledge.model.config, INT8)
 
     return lambda: build(folder, SECURE, worker=worker, bank_rows=sum(script.knowledge.lengths))
 
@@ -84,20 +92,41 @@ def say(rig: Rig, script: Script) -> None:
         rig.logits([int(token) for token in prompt], [len(prompt)])
 
 
+def _view(rig: Rig, script: Script) -> View:
+    seen = tuple(Exchange(one.operation, one.request, one.answer) for one in rig.worker.seen)
+    return View.of(Transcript(seen), script.knowledge.lengths)
+
+
 @pytest.fixture
-def gate(script: Script, plain: View, make: Callable[[], Rig], tampered: dict[str, list[Fact]]) -> Judge:
+def gate(script: Script, plain: View, split: View, make: Callable[[], Rig], tampered: dict[str, list[Fact]]) -> Judge:
     """Why the build must not pass, for secure-infer as it is when this is called."""
 
     def judge(facts: dict[str, list[Fact]] = tampered) -> list[str]:
         rig = make()
         say(rig, script)
-        seen = tuple(Exchange(one.operation, one.request, one.answer) for one in rig.worker.seen)
-        secure = View.of(Transcript(seen), script.knowledge.lengths)
-        views = {"plain": plain, SECURE: secure}
+        views = {"plain": plain, "split": split, SECURE: _view(rig, script)}
         cells = suite.attacked(views, script, ATTACKS, {"tampering": facts})
         return suite.failures(cells, ATTACKS, ())
 
     return judge
+
+
+def _other_pads(monkeypatch: pytest.MonkeyPatch, linear: Linear, change: Callable[..., None]) -> None:
+    """For one linear of each layer, where pads are made as well as where they are spent."""
+    write, spend = pads.PadSource.write, pads.PadSource.spend
+
+    def other(source: pads.PadSource, of: LinearSpec, index: int, out: Any, first: int = 0) -> None:
+        write(source, of, index, out, first)
+        if of.linear is linear:
+            change(of, out.view(np.uint32), lambda like, r: write(source, like, index, r))
+
+    def spent(source: pads.PadSource, of: LinearSpec, indices: list[int], out: Any) -> None:
+        spend(source, of, indices, out)
+        for index, row in zip(indices, out, strict=True):
+            other(source, of, index, row)
+
+    monkeypatch.setattr(pads.PadSource, "write", other)
+    monkeypatch.setattr(pads.PadSource, "spend", spent)
 
 
 def broken(found: list[str]) -> set[str]:
@@ -123,7 +152,7 @@ def test_a_pad_is_used_for_two_rows(gate: Judge, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Bank, "take", again)
     monkeypatch.setattr(pads.PadSource, "spend", unguarded)
-    assert broken(gate()) == {"pad reuse"}
+    assert broken(gate()) == {"pad reuse", "pad algebra"}
 
 
 def test_the_address_of_a_pad_lacks_the_layer(gate: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +160,29 @@ def test_the_address_of_a_pad_lacks_the_layer(gate: Judge, monkeypatch: pytest.M
     whole = pads.nonce
     monkeypatch.setattr(pads, "nonce", lambda of, index: whole(LinearSpec(0, of.linear, of.k, of.n), index))
     assert broken(gate()) >= {"pad reuse"}
+
+
+def test_one_linear_takes_the_pad_of_another_and_turns_its_sign(gate: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """z + z' is small, and no difference is."""
+
+    def turned(of: LinearSpec, r: Any, whole: Callable[[LinearSpec, Any], None]) -> None:
+        whole(LinearSpec(of.layer, Linear.QKV, of.k, of.n), r)
+        np.negative(r, out=r)
+
+    _other_pads(monkeypatch, Linear.O, turned)
+    assert broken(gate()) == {"pad algebra"}
+
+
+def test_the_pads_of_the_widest_linear_come_from_a_pool(gate: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is where a pool saves most; what enters the layers has pads as ever."""
+
+    def pooled(of: LinearSpec, r: Any, whole: Callable[[LinearSpec, Any], None]) -> None:
+        whole(of, r)
+        pool = np.random.default_rng(of.layer).integers(0, 1 << 32, (of.k // 8, of.k), np.uint32)
+        r[...] = r[: len(pool)] @ pool
+
+    _other_pads(monkeypatch, Linear.DOWN, pooled)
+    assert broken(gate()) == {"pad algebra"}
 
 
 def test_scores_are_sent(gate: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

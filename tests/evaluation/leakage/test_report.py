@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.leakage import heatmap, report
 from evaluation.leakage.cells import NOTHING_SENT, judged, not_run
-from evaluation.leakage.report import best, document, matrix
+from evaluation.leakage.report import best, document, least_hits, matrix
 from evaluation.leakage.table import Relative
 from tests.evaluation.leakage.samples import ASKED, one
 from wire.errors import PreconditionError
@@ -90,3 +90,15 @@ def test_colours_are_above_chance() -> None:
     assert shade("broken", 1.0) == 1
     assert shade("broken", 0.95) == pytest.approx(0.9)
     assert shade("broken", 0.6) == heatmap.BROKEN_LEAST
+
+
+def test_it_says_how_small_a_leak_is_not_seen(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "SMALLEST", ("look",))
+    least = least_hits(ASKED, result["cells"][2]["chance"], 1e-6)
+    assert f"look from {least} hits of {ASKED} on" in document(result)
+
+
+def test_the_least_hits_are_those_of_the_binomial() -> None:
+    assert least_hits(20, 0.5, 1.5 * 2.0**-20) == 20  # all right: 2^-20; one wrong: 21 times as much
+    assert least_hits(20, 0.5, 21.5 * 2.0**-20) == 19
+    assert least_hits(4, 0.5, 1e-6) == 5  # so few trials show nothing
