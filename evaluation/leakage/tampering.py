@@ -6,7 +6,7 @@ written here would prove nothing. Two ways, for every kind of wrong answer (wron
 (1) step 5's Freivalds check on a hundred thousand wrong rows, which must refuse by itself, whatever their range: theory
     says that it believes one row in 2^32;
 (2) whole passes of each scheme, put together as the trusted worker does it, with a GPU worker that lies once, at each
-    kind of linear in turn: a pass that comes to its end has believed it. Only secure-infer does not believe everything.
+    kind of linear in turn: a pass that hands out logits after a lie has believed it. Only secure-infer refuses any.
 
 Rows that share a secret s do not fail independently of each other: s may be unlucky for all of them. So s is drawn anew
 for every batch and every pass, and p counts those, each with the sum of its rows' chances, which holds whatever they
@@ -140,34 +140,38 @@ def product(z: I32, w_q: Array) -> U32:
 
 
 def passes(folder: Path, staged: Staged, seed: int, counts: Counts) -> None:
-    """(2) Which passes come to their end. An honest one must."""
+    """(2) Which passes believe it. An honest one must come to its end."""
     model = PublicModel(folder)
     liar = Liar(model, np.random.default_rng([seed, 7]))
     settings = parse([*_flags(staged), "--model", str(folder), "--memory-budget", str(BUDGET)])
     built = assemble(settings, model.config, SecureMemory(BUDGET), cast(GpuWorker, liar)).scheme
     ids = np.random.default_rng([seed, 8]).integers(0, model.config.vocabulary, ROWS).astype(np.int32)
-    if not believes(built, ids):
+    if not believes(built, liar, ids):
         raise RuntimeError(f"{staged.name} refuses right products: nothing was measured")
     answers = liar.answers
     calls = sorted({0, 1, 2, 3, answers - 1} & set(range(answers)))  # each kind of linear
     for number, kind in enumerate(KINDS):  # where nothing is checked, one lie of a kind is enough
         for call in calls if staged is SECURE else [calls[number % len(calls)]]:
             liar.lie(kind, call)
-            counts[kind] = counts[kind].plus(believes(built, ids), 1)
+            counts[kind] = counts[kind].plus(believes(built, liar, ids), 1)
 
 
-def believes(scheme: Scheme, ids: I32) -> bool:
-    """Whether a pass over a prompt comes to its end. secure-infer has pads for all of it, and a fresh s after a lie."""
+def believes(scheme: Scheme, liar: "Liar", ids: I32) -> bool:
+    """Whether a pass over a prompt comes to its end, or hands out logits after a lie and refuses then.
+
+    secure-infer has pads for all of it, and a fresh s after a lie.
+    """
     while scheme.idle():
         pass
-    cache, every = scheme.open(len(ids)), np.arange(len(ids), dtype=np.int32)
+    cache, every, late = scheme.open(len(ids)), np.arange(len(ids), dtype=np.int32), list[bool]()
     cache.wake(len(ids))
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # a lie about floats need not be a number
-            scheme.forward(Batch(ids, (Run(cache, 0, len(ids), 0),), every), lambda index, logits: None)
+            batch = Batch(ids, (Run(cache, 0, len(ids), 0),), every)
+            scheme.forward(batch, lambda index, logits: late.append(liar.lied))
     except VerificationError:
         scheme.distrust()
-        return False
+        return any(late)
     finally:
         cache.free()
     return True
@@ -188,6 +192,11 @@ class Liar:
         self._old: dict[tuple[int, ...], U32] = {}
         self.answers = 0  # so far in this pass
         self._kind, self._call = "", -1
+
+    @property
+    def lied(self) -> bool:
+        """In this pass."""
+        return 0 <= self._call < self.answers
 
     def lie(self, kind: str, call: int) -> None:
         """In the next pass, in the answer of this number."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evaluation.attacks.public_model import PublicModel
@@ -10,6 +11,8 @@ from evaluation.leakage import tampering
 from evaluation.leakage.stage import SECURE, STAGED
 from evaluation.leakage.wrong_answers import KINDS
 from trusted_worker import verification
+from trusted_worker.model import Accept, Batch
+from trusted_worker.schemes.secure_infer import SecureInfer
 from wire.errors import VerificationError
 
 TRIALS = 512
@@ -61,6 +64,23 @@ def test_a_scheme_that_does_not_ask_the_check_is_caught_by_passes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verification.Verifier, "accepts", lambda *_: True)
+    counts = counted()
+    tampering.passes(folder, SECURE, 0, counts)
+    assert all(count.hits == count.tried == 5 for count in counts.values())
+
+
+def test_logits_before_the_verdict_are_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusing afterwards is too late."""
+    forward = SecureInfer.forward
+
+    def early(scheme: SecureInfer, batch: Batch, accept: Accept) -> None:
+        try:
+            forward(scheme, batch, accept)
+        except VerificationError:
+            accept(0, np.zeros(1, np.float32))
+            raise
+
+    monkeypatch.setattr(SecureInfer, "forward", early)
     counts = counted()
     tampering.passes(folder, SECURE, 0, counts)
     assert all(count.hits == count.tried == 5 for count in counts.values())
