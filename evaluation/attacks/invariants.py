@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from evaluation.attacks.embedding import nearest, unit
 from evaluation.attacks.knowledge import Answers, Finding, Knowledge
-from evaluation.attacks.parts import part, victims
+from evaluation.attacks.parts import part, scale, victims
 from evaluation.attacks.public_model import pairs
 from evaluation.attacks.view import View
 
@@ -67,10 +67,10 @@ def _gram(view: View, known: Knowledge) -> list[Finding]:
 
 
 def _norms(view: View, known: Knowledge) -> list[Finding]:
-    """(3) One number for each row, and nothing else known: enough where few tokens have nearly the same."""
-    rows = victims(view, known, "input", 0)
+    """(3) One number for each row, as it is or at the scale of integers: enough where few tokens share it."""
+    rows, table = victims(view, known, "input", 0), known.model.first.input[:, 0].astype(np.float64)
     if rows is None:
         return []
-    table = np.linalg.norm(known.model.first.input[:, 0].astype(np.float64), axis=1)
-    said = [np.abs(table - one).argmin() for one in np.linalg.norm(rows.astype(np.float64), axis=1)]
+    either = np.linalg.norm([table, table * scale(table, known, 0)], axis=2)
+    said = [np.abs(either - own).min(axis=0).argmin() for own in np.linalg.norm(rows.astype(np.float64), axis=1)]
     return [Answers("norm of the input, layer 0", "tokens", np.array(said), len(table))]

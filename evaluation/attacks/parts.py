@@ -27,8 +27,8 @@ def part(view: View, known: Knowledge, what: str, layer: int, prompts: Sequence[
     if what == "input":
         return _input(view, known, layer, prompts)
     if view.has("qkv", layer):
-        scale = known.model.scales(layer, Linear.QKV) * _scale(view.rows("input", layer, prompts), known, layer)
-        y = view.rows("qkv", layer, prompts) * scale + known.model.bias(layer, Linear.QKV)
+        by = known.model.scales(layer, Linear.QKV) * scale(view.rows("input", layer, prompts), known, layer)
+        y = view.rows("qkv", layer, prompts) * by + known.model.bias(layer, Linear.QKV)
         return known.model.split(y.astype(np.float32))[HEADS.index(what)]
     if what == "v":
         return view.rows("v", layer, prompts) if view.has("v", layer) else None
@@ -60,13 +60,14 @@ def victims(view: View, known: Knowledge, what: str, layer: int) -> F32 | None:
 def _input(view: View, known: Knowledge, layer: int, prompts: Sequence[int]) -> F32 | None:
     if view.has("input", layer):
         x = view.rows("input", layer, prompts)
-        return (x * _scale(x, known, layer)).astype(np.float32)
+        by = 1 if np.issubdtype(x.dtype, np.floating) else scale(x, known, layer)
+        return (x * by).astype(np.float32)
     if not view.has("residual", layer):
         return None
     return known.model.normed(view.rows("residual", layer, prompts), Name(Kind.ATTENTION_NORM, layer))
 
 
-def _scale(x: npt.NDArray[np.generic], known: Knowledge, layer: int) -> npt.NDArray[np.float64]:
+def scale(x: npt.NDArray[np.generic], known: Knowledge, layer: int) -> npt.NDArray[np.float64]:
     """float64[rows, 1], by which integers of an input are to be multiplied."""
     gain = known.model.parameter(Name(Kind.ATTENTION_NORM, layer))[:, 0].astype(np.float64)
     bare = np.divide(x, gain, out=np.zeros(x.shape), where=gain != 0)

@@ -41,13 +41,13 @@ QUICK = Sizes(
     again=24,
     told=4,
     labelled=12,
-    unlabelled=36,
+    unlabelled=108,
     known_tokens=8,
     victim_tokens=16,
     repeated_tokens=160,
     metered=32,
 )
-FULL = replace(QUICK, known=16, victims=8, again=8, told=2, labelled=6, unlabelled=30, metered=8, candidates=256)
+FULL = replace(QUICK, known=16, victims=8, again=8, told=2, labelled=6, unlabelled=64, metered=8, candidates=256)
 KINDS = ((2, 9), (4, 8)), ((7, 17), (1, 5))  # least and most tokens of prompt and answer: a chat; a text to sum up
 
 

@@ -30,11 +30,12 @@ def shares(attack: Attack, view: View, script: Script) -> dict[str, float]:
     return {one.target: float((one.said == script.truth[one.of]).mean()) for one in found}
 
 
-def test_a_rotation_hides_all_but_inner_products(views: dict[str, View], script: Script) -> None:
+def test_a_rotation_hides_all_but_norms_and_inner_products(views: dict[str, View], script: Script) -> None:
     view = relative_rotations.static_rotation(views, script)
     assert max(shares(embedding.attack, view, script).values()) <= 4 / 48
     found = shares(invariants.attack, view, script)
     assert found.pop("inner products with known rows, layer 0") == 1.0
+    assert found.pop("norm of the input, layer 0") > 0.9
     assert max(found.values()) <= 4 / 48
 
 
