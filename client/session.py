@@ -1,10 +1,10 @@
 """A session with the trusted worker: connect, attest, verify, open, decode; in this order and no other.
 
 Only a `TrustedWorker` can open sessions, and it cannot be made without the `VerifiedPeer` that the attestation
-policy hands out: every call is sealed for the key of that peer (wire/sealing.py). After a call
-was lost, and when the worker has another key than it had, evidence is asked for and verified again before anything else
-is sent. (A connection that gRPC renews meanwhile leads to the same key, or nothing opens.)
-The reply to Open must echo what was asked for, or the session is refused. Every call has a deadline.
+policy hands out: every call is sealed for the key of that peer (wire/sealing.py). After a call was lost, and when the
+worker has another key than it had, evidence is asked for and verified again before anything else is sent. (A connection
+that gRPC renews meanwhile leads to the same key, or nothing opens.) The reply to Open must echo what was asked for, or
+the session is refused. Every call has a deadline.
 """
 
 import contextlib
@@ -62,9 +62,7 @@ class Request:
     logprobs: int = 0
     max_context: int = 0
     perturbation: float = 0.0  # of released logits, at most
-    model_folder: Path | None = (
-        None  # this client's own copy, for a trusted worker that leaves embedding to its clients
-    )
+    model_folder: Path | None = None  # this client's own copy, for a worker that leaves embedding to its clients
     adapter: bytes = b""  # the name of one that the worker has
     adapter_folder: Path | None = None  # or one that is uploaded first
 
@@ -96,11 +94,9 @@ class Session:
         self, opened: pb.OpenResponse, stream: DecodeStream, table: EmbeddingTable | None, forget: Callable[[], None]
     ) -> None:
         self.context: list[int] = []
-        self.abandon = stream.cancel  # from any thread: ends the turn at once; only `close` is of use afterwards
         self._opened = opened
         self._stream = stream
-        self._table = table
-        self._forget = forget
+        self._table, self._forget = table, forget
         self._turn: Turn | None = None
 
     @property
@@ -120,6 +116,10 @@ class Session:
         self._turn = Turn(self._stream, self.context, pacing, embed)
         self._turn.begin(token_ids, max(self._opened.max_frame_tokens, 1))
         return self._turn
+
+    def abandon(self) -> None:
+        """From any thread: end its turn at once. Only `close` is of use afterwards."""
+        self._stream.cancel()
 
     def close(self) -> None:
         """Free the session on the trusted worker; if it cannot be told, it will notice by itself."""

@@ -45,9 +45,7 @@ class Knowledge:
     metered: dict[int, int] = field(default_factory=dict)  # conversations whose kind he knows: 0 or 1
     unmetered: tuple[int, ...] = ()  # those of which he wants to know it
     repeated: int | None = None  # the prompt that is one token, over and over, which he chose
-    clear: Mapping[int, Mapping[Place, Array]] = field(
-        default_factory=dict
-    )  # known prompts, as the program computes them
+    clear: Mapping[int, Mapping[Place, Array]] = field(default_factory=dict)  # known prompts, as the program has them
     seed: int = 0
 
     @property

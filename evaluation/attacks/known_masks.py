@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluation.attacks import fixed_point
-from evaluation.attacks.crossed import Words, recurring
+from evaluation.attacks.crossed import Words, as_words, recurring
 from evaluation.attacks.knowledge import Fact, Finding, Knowledge
 from evaluation.attacks.parts import part
 from evaluation.attacks.uniformity import LEVEL, MIX, byte_facts
@@ -28,10 +28,8 @@ Seen = list[Words]  # [rows, width] of each place
 
 
 def facts(view: View, known: Knowledge) -> list[Finding]:
-    """Whether the masks of known rows are what masks should be."""
+    """Whether the masks of known rows are what masks should be. The view must show what enters layer 0."""
     found = masks(view, known)
-    if not found:
-        return []
     return [
         *byte_facts("known masks, bytes", found, lambda rows: rows),
         *byte_facts("known masks, words turned by a byte", found, lambda rows: rows ^ turned(rows, 8)),
@@ -43,34 +41,38 @@ def facts(view: View, known: Knowledge) -> list[Finding]:
 
 def masks(view: View, known: Knowledge) -> Seen:
     """r of the known prompts, one behind the other, for each place: of ring products all, of floats layer 0."""
-    ring = view.has("input") and view.prompts[0]["input", 0].dtype == np.int32
-    if not ring or not known.clear:
-        return [np.concatenate(found)] if (found := list(first_masks(view, known).values())) else []
+    if not (known.clear and in_ring(view)):
+        return [first_masks(view, known, vocabulary(view, known))]
     places = [place for place in next(iter(known.clear.values())) if view.has(*place)]
-    return [np.concatenate([_less(view.prompts[n][at], x[at]) for n, x in known.clear.items()]) for at in places]
+    return [
+        np.concatenate([as_words(view.prompts[n][at]) - as_words(x[at]) for n, x in known.clear.items()])
+        for at in places
+    ]
 
 
-def first_masks(view: View, known: Knowledge) -> dict[int, Words]:
-    """r of each known prompt where it enters layer 0."""
-    if part(view, known, "input", 0, list(known.known)) is None:
-        return {}
-    table = vocabulary(view, known)
-    return {number: ring_input(view, known, number) - table[ids] for number, ids in known.known.items()}
+def first_masks(view: View, known: Knowledge, table: Words) -> Words:
+    """r of the known prompts where they enter layer 0, one behind the other. `table`: see `vocabulary`."""
+    return np.concatenate([ring_input(view, known, number) - table[ids] for number, ids in known.known.items()])
+
+
+def in_ring(view: View) -> bool:
+    """Whether integers enter layer 0, and not floats."""
+    return view.has("input") and view.prompts[0]["input", 0].dtype == np.int32
 
 
 def ring_input(view: View, known: Knowledge, number: int) -> Words:
     """The input of layer 0 as words of the ring."""
-    if view.has("input") and view.prompts[number]["input", 0].dtype == np.int32:
-        return np.ascontiguousarray(view.prompts[number]["input", 0]).view(np.uint32)
+    if in_ring(view):
+        return as_words(view.prompts[number]["input", 0])
     rows = part(view, known, "input", 0, [number])
-    return fixed_point.integers(known.model, np.zeros((0, 0), np.float32) if rows is None else rows).view(np.uint32)
+    return as_words(fixed_point.integers(known.model, np.zeros((0, 0), np.float32) if rows is None else rows))
 
 
 def vocabulary(view: View, known: Knowledge) -> Words:
     """Those of every token, at the precision of what is seen."""
-    if view.has("input") and view.prompts[0]["input", 0].dtype == np.int32:
-        return fixed_point.vocabulary(known.model).view(np.uint32)
-    return fixed_point.integers(known.model, known.model.first.input[:, 0]).view(np.uint32)
+    if in_ring(view):
+        return as_words(fixed_point.vocabulary(known.model))
+    return as_words(fixed_point.integers(known.model, known.model.first.input[:, 0]))
 
 
 def turned(rows: Words, bits: int) -> Words:
@@ -89,10 +91,6 @@ def rank(rows: Words) -> int:
             rest[odd[1:]] ^= rest[found]
             found += 1
     return found
-
-
-def _less(z: npt.NDArray[np.generic], x_q: npt.NDArray[np.generic]) -> Words:
-    return np.ascontiguousarray(z).view(np.uint32) - np.ascontiguousarray(x_q).view(np.uint32)
 
 
 def _ranks(found: Seen) -> Fact:

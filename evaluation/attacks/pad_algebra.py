@@ -60,9 +60,9 @@ def without_masks(rows: F32) -> F32:
 
 def _modulo(view: View, known: Knowledge) -> npt.NDArray[np.int64]:
     """(2)"""
-    found, table = np.concatenate(list(first_masks(view, known).values())), vocabulary(view, known)
+    table = vocabulary(view, known)
     wanted = np.concatenate([ring_input(view, known, number)[len(known.prefix) :] for number in known.victims])
-    basis, pivots = span(found)
+    basis, pivots = span(first_masks(view, known, table))
     free = np.setdiff1d(np.arange(table.shape[1]), pivots)[:CHECKED]
     left, candidates = (reduced(rows, basis, pivots, free) for rows in (wanted, table))
     agree = np.array([(candidates == row).sum(axis=1) for row in left])

@@ -60,7 +60,7 @@ class View:
 def _rows(transcript: Transcript) -> dict[Place, list[Array]]:
     found: dict[Place, list[Array]] = defaultdict(list)
     for event in transcript.events:
-        for place, rows in _places(event) if not isinstance(event, Exchange) or not event.refused else ():
+        for place, rows in _places(event):
             if len(rows) > 1:
                 found[place].append(rows)
     return found
@@ -92,7 +92,7 @@ def _places(event: Exchange | Held | Cache) -> list[tuple[Place, Array]]:
         by_token = [(name, np.moveaxis(half, 2, 1)) for name, half in (("k", event.keys), ("v", event.values))]
         names = [(f"{'cache' if event.event == 'drop' else 'wiped'}_{name}", half) for name, half in by_token]
         return [((name, layer), rows) for name, half in names for layer, rows in enumerate(half)]
-    match event.operation.WhichOneof("kind"):
+    match None if event.refused else event.operation.WhichOneof("kind"):
         case "ring_matmul":
             return _product(event, event.operation.ring_matmul.layer, event.operation.ring_matmul.linear)
         case "matmul":
